@@ -1,0 +1,1 @@
+"""The engine: corpora in, aligned multimodal shards out, exactly once. Knows no labeler, no model, no torch."""

@@ -1,0 +1,73 @@
+"""What the engine can run: a labeler is its settings; its weights are loaded later, in the worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataengine.sample import Sample
+from dataengine.weights import Weights
+
+Loaded = Callable[[Sequence[Sample]], list[dict[str, Any]]]
+"""A labeler with its weights in memory: samples in, one dict of values by emitted modality for each, same order.
+
+Images of one batch may differ in size. An exception fails the batch: the engine then retries its samples one by one.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labeler(ABC):
+    """Settings of something that turns input modalities into output modalities.
+
+    Frozen, picklable, importable without torch. Subclasses set `inputs` and `emits` as plain class attributes and raise
+    `version` when the same settings would give other values. A field named `checkpoint` says where weights come from;
+    it is not part of the identity, the sha256 of the weights is.
+    """
+
+    version = 1
+    batch_size = 8
+    gpus = 0.0
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """The modalities it reads."""
+
+    @property
+    @abstractmethod
+    def emits(self) -> tuple[str, ...]:
+        """The modalities it writes."""
+
+    @abstractmethod
+    def load(self, device: str) -> Loaded:
+        """Load the weights onto a torch device ("cpu", "cuda:0"): heavy imports live in here."""
+
+    def weights(self) -> Weights | None:
+        """What the weights are (hash, licence, random or not), without loading them; None for an algorithm."""
+        return None
+
+    def tiny(self, folder: Path) -> Labeler:
+        """The same code path on a few-kilobyte random checkpoint that is written to `folder` in the real format."""
+        return self
+
+    @property
+    def name(self) -> str:
+        """The plugin name, which is the file name."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the output bytes: name, version, settings, weights. Equal identity, equal output."""
+        weights = self.weights()
+        settings = dataclasses.asdict(self)
+        if weights is not None:
+            settings.pop("checkpoint", None)
+        return {
+            "labeler": self.name,
+            "version": self.version,
+            "settings": settings,
+            "weights": None if weights is None else weights.sha256,
+        }

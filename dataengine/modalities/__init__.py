@@ -1,0 +1,115 @@
+"""How one kind of value is stored, checked, cropped and shown: one modality a file."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from dataengine import plugins
+from dataengine.geometry import Crop
+
+Kind = Literal["map", "grid", "vector", "instances", "text", "tokens", "crops"]
+"""map: (h, w[, c]) aligned with the image; grid: (rows, cols, c) features; vector: (c,); instances: masks or boxes;
+text: something a sequence model reads; tokens: (n_crops, n) ids; crops: the crop settings themselves."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How a value is shown: an RGB image uint8 (h, w, 3), a text, a table of (name, value), a legend of (name, colour)."""
+
+    image: np.ndarray | None = None
+    text: str = ""
+    table: tuple[tuple[str, str], ...] = ()
+    legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+
+
+class Modality(ABC):
+    """How one kind of value is stored, checked, cropped and shown. Final subclasses, one a file.
+
+    `name` is the folder on disk (ml-4m's spelling); it is the file's name up to case, `-` and an `@resolution`.
+    """
+
+    kind: ClassVar[Kind]
+    suffix: ClassVar[str]
+    spelling: ClassVar[str] = ""
+    """The on-disk name where it differs from the file name (`CLIP-B16` for clip_b16.py)."""
+    lossless: ClassVar[bool] = True
+    """Whether decode(encode(x)) equals x; else it is close, and the docstring says how close."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def encode(self, value: Any) -> bytes:
+        """The member of a tar: the same value always gives the same bytes."""
+
+    @abstractmethod
+    def decode(self, data: bytes) -> Any:
+        """The value of a member; ValueError when the bytes are not one."""
+
+    @abstractmethod
+    def check(self, value: Any, size: tuple[int, int]) -> None:
+        """ValueError, naming what was found and what was expected, when this is no value of an image of (h, w) pixels."""
+
+    @abstractmethod
+    def placeholder(self, size: tuple[int, int]) -> Any:
+        """A schema-valid value that stands for "no label" (it is recorded as invalid and never trained on)."""
+
+    @abstractmethod
+    def example(self, rng: np.random.Generator, size: tuple[int, int]) -> Any:
+        """A random valid value for an image of (h, w) pixels, for tests."""
+
+    @abstractmethod
+    def crop(self, value: Any, crop: Crop, size: tuple[int, int], side: int) -> Any:
+        """The value under a crop of an image of (h, w) pixels; maps come out (side, side), whole-image values unchanged."""
+
+    @abstractmethod
+    def picture(self, value: Any, rgb: np.ndarray) -> Picture:
+        """How to show the value beside its image."""
+
+
+class TextLike(Modality):
+    """A modality that a sequence model reads as text (ml-4m's grammars): a value becomes variants of pieces.
+
+    `variants` returns one list of pieces a choice: a choice is the crop row (`choice = "crop"`) or any of them at random
+    (`choice = "any"`); pieces are joined by a space, in random order when `shuffle`, and masked piece by piece when `chunked`.
+    """
+
+    choice: ClassVar[Literal["crop", "any"]] = "any"
+    shuffle: ClassVar[bool] = False
+    chunked: ClassVar[bool] = False
+    max_tokens: ClassVar[int] = 256
+
+    @abstractmethod
+    def variants(self, value: Any, crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+        """The text of a value: variants x pieces, before any random choice."""
+
+    @abstractmethod
+    def parse(self, text: str) -> tuple[Any, list[str]]:
+        """The value that a text (perhaps written by a model) says, and what in it broke the grammar, in words."""
+
+
+_NAME = re.compile(r"(?P<stem>[A-Za-z0-9_-]+?)(@(?P<resolution>\d+))?")
+
+
+def load(name: str) -> Modality:
+    """The modality of an on-disk name: `depth`, `CLIP-B16`, `tok_depth@224`; ValueError names the nearest known one."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"modality {name!r}: expected letters, digits, '_' or '-', and perhaps @RESOLUTION")
+    stem = match["stem"]
+    file = "tok" if stem.startswith("tok_") else stem.lower().replace("-", "_")
+    kind: type[Modality] = plugins.load(__name__, file, Modality)
+    if file == "tok":
+        return kind(name)
+    return kind(kind.spelling or stem)
+
+
+def names() -> list[str]:
+    """The on-disk names of all modalities, tokens aside."""
+    return sorted(load(file).name for file in plugins.names(__name__) if file != "tok")

@@ -1,0 +1,87 @@
+"""Where weights come from and what they are: resolve a checkpoint to a local file, hash it, tell random from trained."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataengine import storage
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a labeler, as provenance records them.
+
+    `random` is true for an untrained checkpoint: what it computes is called random everywhere and never trained on.
+    """
+
+    source: str
+    sha256: str
+    licence: str
+    random: bool
+
+
+def resolve(checkpoint: str, filename: str | None = None) -> Path:
+    """The local file of a checkpoint: a local path, an fsspec URL (copied once to the cache), or a hub id with `filename`.
+
+    A local folder is taken as a hub layout that holds `filename`. FileNotFoundError says what was tried.
+    """
+    local = Path(checkpoint).expanduser()
+    if local.is_file():
+        return local
+    if local.is_dir() and filename is not None:
+        if (local / filename).is_file():
+            return local / filename
+        raise FileNotFoundError(f"checkpoint folder {checkpoint} holds no {filename}")
+    if "://" in checkpoint:
+        return storage.cached(checkpoint)
+    if filename is not None and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/")):
+        return _from_hub(checkpoint, filename)
+    raise FileNotFoundError(
+        f"no checkpoint {checkpoint!r}: expected a local file, an fsspec URL"
+        + (" or a hub id" if filename else "")
+    )
+
+
+def _from_hub(repo: str, filename: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, filename))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{filename} of {repo} is neither cached nor reachable: {type(error).__name__}"
+        ) from error
+
+
+def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> Weights:
+    """Hash and describe a checkpoint. It is random when `mark_random` has said so beside it."""
+    file = resolve(checkpoint, filename)
+    stat = file.stat()
+    card = _card(file)
+    random = card.exists() and bool(json.loads(card.read_text())["random"])
+    return Weights(
+        source=file.name if random else checkpoint,
+        sha256=_sha256(str(file), stat.st_size, stat.st_mtime_ns),
+        licence="none (random weights)" if random else licence,
+        random=random,
+    )
+
+
+def mark_random(file: Path, seed: int) -> None:
+    """Record beside a checkpoint that its weights are random, so that no run can take them for trained ones."""
+    _card(file).write_text(json.dumps({"random": True, "seed": seed}) + "\n")
+
+
+def _card(file: Path) -> Path:
+    return file.with_name(file.name + ".card.json")
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Commands and recipes: the only place where the engine, the labelers and the model meet."""
