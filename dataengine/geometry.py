@@ -30,9 +30,7 @@ def center_crop(height: int, width: int) -> Crop:
     return Crop((height - side) // 2, (width - side) // 2, side, side)
 
 
-def crop_settings(
-    rng: np.random.Generator, height: int, width: int, num_crops: int, min_scale: float
-) -> np.ndarray:
+def crop_settings(rng: np.random.Generator, height: int, width: int, num_crops: int, min_scale: float) -> np.ndarray:
     """int64 (num_crops, 5): row 0 the centre crop, the others torchvision's RandomResizedCrop with a fair coin for hflip.
 
     Area in (min_scale, 1) of the image, aspect log-uniform in (3/4, 4/3), ten tries, then the clamped centre crop
@@ -46,9 +44,7 @@ def crop_settings(
     return np.array(rows, dtype=np.int64)
 
 
-def _random_rectangle(
-    rng: np.random.Generator, height: int, width: int, min_scale: float
-) -> tuple[int, int, int, int]:
+def _random_rectangle(rng: np.random.Generator, height: int, width: int, min_scale: float) -> tuple[int, int, int, int]:
     for _ in range(10):
         area = height * width * rng.uniform(min_scale, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -21,9 +21,7 @@ def load(package: str, name: str, base: type[T]) -> type[T]:
     """The subclass of `base` that the file `<package>/<name>.py` defines; ValueError when there is none."""
     known = names(package)
     if name not in known:
-        raise ValueError(
-            f"unknown {base.__name__.lower()} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
-        )
+        raise ValueError(f"unknown {base.__name__.lower()} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     module = importlib.import_module(f"{package}.{name}")
     own = [
         value

@@ -41,8 +41,7 @@ def resolve(checkpoint: str, filename: str | None = None) -> Path:
     if filename is not None and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/")):
         return _from_hub(checkpoint, filename)
     raise FileNotFoundError(
-        f"no checkpoint {checkpoint!r}: expected a local file, an fsspec URL"
-        + (" or a hub id" if filename else "")
+        f"no checkpoint {checkpoint!r}: expected a local file, an fsspec URL" + (" or a hub id" if filename else "")
     )
 
 
