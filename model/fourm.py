@@ -1,0 +1,296 @@
+"""FourM: a masked encoder-decoder over many modalities (4M-21, Bachmann et al. 2024), the same function as ml-4m's.
+
+Only tokens that masking kept are embedded, and logits are computed only where there is a target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.blocks import ACTIVATIONS, Block, DecoderBlock, LayerNorm
+from model.embeddings import IdEmbedding, PixelEmbedding, TargetEmbedding, VectorEmbedding, encoder_embedding
+from model.masking import MaskedBatch
+from model.spec import ModalitySpec
+
+# B batch, N encoder tokens, M decoder tokens, T tokens of one modality, D width, V vocabulary
+
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourMConfig:
+    """Size and variant of a FourM; the names are those of an ml-4m configuration, `act` is its `act_layer`."""
+
+    dim: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    gated_mlp: bool = True
+    act: str = "SiLU"
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+    num_register_tokens: int = 0
+    decoder_causal_mask: bool = False
+    decoder_sep_mask: bool = True
+    share_modality_embeddings: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim}, expected a multiple of 4 and of num_heads {self.num_heads}")
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"act {self.act!r}, expected one of {sorted(ACTIVATIONS)}")
+
+    @classmethod
+    def preset(cls, name: str, variant: str = "swiglu_nobias") -> FourMConfig:
+        """nano, tiny, small, base, large or xlarge in the variant gelu, swiglu_nobias or swiglu_qknorm_nobias."""
+        if name not in _SIZES:
+            raise ValueError(f"preset {name!r}, expected one of {sorted(_SIZES)}")
+        if variant not in _VARIANTS:
+            raise ValueError(f"variant {variant!r}, expected one of {sorted(_VARIANTS)}")
+        dim, depth, heads = _SIZES[name]
+        size = cls(dim=dim, encoder_depth=depth, decoder_depth=depth, num_heads=heads)
+        return replace(size, **_VARIANTS[variant])
+
+
+_SIZES = {  # width, depth of each side, heads
+    "nano": (192, 4, 3),
+    "tiny": (384, 6, 6),
+    "small": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "xlarge": (2048, 24, 32),
+}
+_BIASED: dict[str, Any] = {"qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "gelu": {"gated_mlp": False, "act": "GELU", **_BIASED},
+    "swiglu_nobias": {},
+    "swiglu_qknorm_nobias": {"qk_norm": True},
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The loss to minimise, the mean cross-entropy (nats) and the number of targets of each output modality.
+
+    A modality without a target in the batch has loss 0 and count 0.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the decoder looks at: (B, R+N, D) and, unless every token is real, where it may look (B, 1, 1, R+N)."""
+
+    tokens: Tensor
+    visible: Tensor | None
+
+
+class FourM(nn.Module):
+    """The model; weights are drawn from `seed`, never from the global generator."""
+
+    def __init__(
+        self,
+        config: FourMConfig,
+        specs_in: Sequence[ModalitySpec],
+        specs_out: Sequence[ModalitySpec],
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        refused = [spec.name for spec in specs_out if not spec.is_target]
+        if refused:
+            raise ValueError(f"specs_out has {refused}, expected only tokens and sequences")
+        self.config = config
+        self.specs_in, self.specs_out = tuple(specs_in), tuple(specs_out)
+        dim = config.dim
+        with torch.random.fork_rng(devices=[]):  # torch's own initialisers draw globally; init_weights redraws all
+            self.encoder_embeddings = nn.ModuleDict({s.name: encoder_embedding(s, dim) for s in specs_in})
+            self.decoder_embeddings = nn.ModuleDict(
+                {s.name: TargetEmbedding(s, dim, tied=config.tie_embeddings) for s in specs_out}
+            )
+            if config.share_modality_embeddings:
+                for name in self.encoder_embeddings.keys() & self.decoder_embeddings.keys():
+                    self.decoder_embeddings[name].mod_emb = self.encoder_embeddings[name].mod_emb
+            block = {
+                "dim": dim, "num_heads": config.num_heads, "hidden": int(dim * config.mlp_ratio), "act": config.act,
+                "gated": config.gated_mlp, "qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias,
+                "proj_bias": config.proj_bias, "mlp_bias": config.mlp_bias, "norm_bias": config.norm_bias,
+            }  # fmt: skip
+            self.encoder = nn.ModuleList(Block(**block) for _ in range(config.encoder_depth))
+            self.encoder_norm = LayerNorm(dim, bias=config.norm_bias)
+            self.decoder_proj_context = nn.Linear(dim, dim)
+            self.decoder = nn.ModuleList(DecoderBlock(**block) for _ in range(config.decoder_depth))
+            self.decoder_norm = LayerNorm(dim, bias=config.norm_bias)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, dim))
+        self.init_weights(torch.Generator().manual_seed(seed))
+
+    def forward(self, batch: MaskedBatch, loss: Literal["mod", "token"] = "mod") -> Output:
+        """Cross-entropy at the targets.
+
+        "mod": the mean over output modalities of each one's mean, modalities without a target counting as 0 (ml-4m's
+        default). "token": the mean over all targets.
+        """
+        hidden = self.decode(batch, self.encode(batch)).flatten(0, 1)
+        targets, modality = batch.dec_targets.flatten(), batch.dec_mod.flatten()
+        names = {name: m for m, name in enumerate(batch.modalities)}
+        losses: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for spec in self.specs_out:
+            index = (modality == names.get(spec.name, len(names))).nonzero().squeeze(1)
+            counts[spec.name] = len(index)
+            if len(index):
+                scores = self.logits(hidden.index_select(0, index), spec.name)
+                losses[spec.name] = F.cross_entropy(scores.float(), targets.index_select(0, index))
+            else:
+                losses[spec.name] = hidden.new_zeros((), dtype=torch.float32)
+        return Output(_total(losses, counts, loss), losses, counts)
+
+    def encode(self, batch: MaskedBatch) -> Context:
+        """Encoder output projected for the decoder; padding is invisible, but for samples that have nothing else."""
+        content, place = self._embed_inputs(batch)
+        real = batch.enc_mod >= 0
+        visible = None
+        if not bool(real.all()):
+            visible = real | ~real.any(dim=1, keepdim=True)
+        if self.config.num_register_tokens:
+            registers = self.register_tokens.expand(len(content), -1, -1)
+            content = torch.cat([registers, content], dim=1)
+            place = torch.cat([torch.zeros_like(registers), place], dim=1)
+            if visible is not None:
+                # With registers present, padding is never the only thing to see.
+                visible = torch.cat([real.new_ones(registers.shape[:2]), real], dim=1)
+        if visible is not None:
+            visible = visible[:, None, None, :]
+        x_BND = content + place
+        for block in self.encoder:
+            x_BND = block(x_BND, visible)
+        return Context(self.decoder_proj_context(self.encoder_norm(x_BND)) + place, visible)
+
+    def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
+        """Hidden states (B, M, D) at the decoder tokens, ready for `logits`."""
+        y_BMD, visible = self._embed_targets(batch), self._decoder_visible(batch)
+        for block in self.decoder:
+            y_BMD = block(y_BMD, context.tokens, visible, context.visible)
+        return self.decoder_norm(y_BMD)
+
+    def logits(self, hidden: Tensor, modality: str) -> Tensor:
+        """Scores (..., V) over the vocabulary of one output modality."""
+        return self._target(modality).to_logits(hidden)
+
+    def _target(self, modality: str) -> TargetEmbedding:
+        if modality not in self.decoder_embeddings:
+            raise ValueError(f"{modality}: not an output, expected one of {sorted(self.decoder_embeddings)}")
+        embedding = self.decoder_embeddings[modality]
+        assert isinstance(embedding, TargetEmbedding)
+        return embedding
+
+    def _embed_inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """Content and place of every encoder token, both (B, N, D), zero at padding."""
+        length = batch.enc_mod.shape[1]
+        ids, positions = batch.enc_ids.flatten(), batch.enc_pos.flatten()
+        content, place, order = [], [], []
+        for name, index in _members(batch.enc_mod, batch.modalities):
+            if name not in self.encoder_embeddings:
+                raise ValueError(f"{name}: not an input, expected one of {sorted(self.encoder_embeddings)}")
+            embedding = self.encoder_embeddings[name]
+            ids_T, positions_T, samples_T = ids[index], positions[index], index // length
+            if isinstance(embedding, PixelEmbedding):
+                content.append(embedding.content(batch.pixels[name], samples_T, positions_T))
+            elif isinstance(embedding, VectorEmbedding):
+                content.append(embedding.content(batch.embeddings[name], samples_T, ids_T))
+            else:
+                assert isinstance(embedding, IdEmbedding)
+                content.append(embedding.content(ids_T))
+            place.append(embedding.place(positions_T))
+            order.append(index)
+        return self._scatter(content, order, batch.enc_mod), self._scatter(place, order, batch.enc_mod)
+
+    def _embed_targets(self, batch: MaskedBatch) -> Tensor:
+        """Decoder inputs (B, M, D): previous id or mask token, plus place; zero at padding."""
+        ids, positions = batch.dec_ids.flatten(), batch.dec_pos.flatten()
+        tokens, order = [], []
+        for name, index in _members(batch.dec_mod, batch.modalities):
+            embedding = self._target(name)
+            place = embedding.place(positions[index])
+            if embedding.spec.is_grid:
+                tokens.append(place + self.mask_token[0])
+            else:
+                tokens.append(place + embedding.content(ids[index]))
+            order.append(index)
+        return self._scatter(tokens, order, batch.dec_mod)
+
+    def _scatter(self, parts: list[Tensor], order: list[Tensor], modality: Tensor) -> Tensor:
+        # One concatenation and one gather: their backward is cheap, unlike a chain of in-place index writes.
+        zero = self.mask_token.new_zeros(1, self.config.dim)
+        rows = torch.cat([zero, *(part.to(zero.dtype) for part in parts)])
+        source = torch.zeros(modality.numel(), dtype=torch.int64, device=modality.device)
+        if order:
+            index = torch.cat(order)
+            source[index] = torch.arange(1, len(index) + 1, device=index.device)
+        return rows.index_select(0, source).view(*modality.shape, self.config.dim)
+
+    def _decoder_visible(self, batch: MaskedBatch) -> Tensor:
+        """Where a decoder query may look, (B, 1, M, M)."""
+        keys = torch.arange(batch.dec_mod.shape[1], device=batch.dec_mod.device)
+        if self.config.decoder_causal_mask:
+            visible = (keys[None, :] <= keys[:, None])[None]
+        else:
+            visible = keys < batch.dec_reach[:, :, None]
+        if self.config.decoder_sep_mask:
+            visible = visible & (batch.dec_mod[:, :, None] == batch.dec_mod[:, None, :])
+        else:
+            visible = visible & ((batch.dec_mod[:, None, :] >= 0) | (batch.dec_mod[:, :, None] < 0))
+        return visible[:, None]
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """ml-4m's initial distribution: normal(0.02) for embeddings and free tokens, Xavier-uniform for linear maps.
+
+        Where logits are tied to a table the linear map comes last, so the table is Xavier-uniform too.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                # Packed projections count as the separate matrices they hold.
+                packed = 3 if "qkv" in name else 2 if "kv" in name else 1
+                bound = math.sqrt(6.0 / (module.out_features // packed + module.in_features))
+                module.weight.uniform_(-bound, bound, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(std=_INIT_STD, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")):
+                parameter.normal_(std=_INIT_STD, generator=generator)
+
+
+def _members(modality: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """Flat indices of the tokens of each modality that occurs."""
+    flat = modality.flatten()
+    found = [(name, (flat == m).nonzero().squeeze(1)) for m, name in enumerate(names)]
+    return [(name, index) for name, index in found if len(index)]
+
+
+def _total(losses: dict[str, Tensor], counts: dict[str, int], kind: str) -> Tensor:
+    if kind == "mod":
+        return torch.stack(list(losses.values())).mean()
+    if kind == "token":
+        weighted = [losses[name] * count for name, count in counts.items()]
+        return torch.stack(weighted).sum() / max(1, sum(counts.values()))
+    raise ValueError(f"loss {kind!r}, expected mod or token")
