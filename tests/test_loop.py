@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import optim, snapshots
+from model.loop import LoopConfig, NonFiniteLoss, fit
+
+CONFIG = LoopConfig(
+    steps=20, lr=1e-2, warmup_steps=3, log_every=1, checkpoint_every=10, threads=1, progress=False, ema_decay=0.9
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Pair:
+        return Pair(self.x.to(device), self.y.to(device))
+
+
+class Net(nn.Module):
+    """Uses both kinds of randomness that a resumed run must continue: torch's own and a generator of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 1))
+        self.generator = torch.Generator().manual_seed(5)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(x)
+            x = x + 0.01 * torch.randn(x.shape, generator=self.generator)
+        return self.net(x)
+
+
+def batch_at(step: int) -> Pair:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    return Pair(x, x.sum(dim=1, keepdim=True))
+
+
+def squared(model: nn.Module, batch: Pair) -> tuple[Tensor, dict[str, float]]:
+    error = (model(batch.x) - batch.y).square().mean()
+    return error, {"root": float(error.detach()) ** 0.5}
+
+
+def failing_at(stop: int) -> Callable[[int], Pair]:
+    def batch(step: int) -> Pair:
+        if step == stop:
+            raise KeyError("the machine went away")
+        return batch_at(step)
+
+    return batch
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    read = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in read]
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
+    straight, parts = Net(), Net()
+    fit(straight, batch_at, squared, CONFIG, tmp_path / "straight")
+    with pytest.raises(KeyError, match="went away"):
+        fit(parts, failing_at(14), squared, CONFIG, tmp_path / "parts")
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, 15))
+    resumed = Net()
+    result = fit(resumed, batch_at, squared, CONFIG, tmp_path / "parts")
+    assert lines(tmp_path / "parts") == lines(tmp_path / "straight")
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, 21))
+    assert result.finished
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=300, lr=3e-2, log_every=50, checkpoint_every=300, ema_decay=None)
+    fit(Net(), batch_at, squared, config, tmp_path)
+    assert lines(tmp_path)[-1]["loss"] < 0.5 * lines(tmp_path)[0]["loss"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = Net()
+    before = fit(first, batch_at, squared, CONFIG, tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    again = Net()
+    result = fit(again, failing_at(0), squared, CONFIG, tmp_path)
+    assert (result.steps, result.finished, result.metrics) == (20, True, before.metrics)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in first.state_dict().items())
+
+
+def test_the_average_is_left_in_the_model_and_the_last_weights_in_the_checkpoint(tmp_path: Path) -> None:
+    model = Net()
+    result = fit(model, batch_at, squared, CONFIG, tmp_path)
+    weights, rest = snapshots.read(tmp_path / "checkpoint", 20, "cpu")
+    assert result.checkpoint == tmp_path / "checkpoint" / "step-20"
+    assert int(rest["averaged"]) == 20
+    assert torch.equal(model.state_dict()["net.0.weight"], weights["average"]["net.0.weight"])
+    assert not torch.equal(model.state_dict()["net.0.weight"], weights["model"]["net.0.weight"])
+
+
+def test_only_the_newest_checkpoints_are_kept_and_no_partial_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint" / ".partial-5").mkdir(parents=True)
+    fit(Net(), batch_at, squared, replace(CONFIG, checkpoint_every=4), tmp_path)
+    assert sorted(entry.name for entry in (tmp_path / "checkpoint").iterdir()) == ["step-16", "step-20"]
+
+
+def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    result = fit(Net(), batch_at, squared, replace(CONFIG, max_seconds=0.0), tmp_path)
+    assert (result.steps, result.finished) == (1, False)
+    assert fit(Net(), batch_at, squared, CONFIG, tmp_path).finished
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 21))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path: Path) -> None:
+    def poisoned(step: int) -> Pair:
+        batch = batch_at(step)
+        return Pair(batch.x, batch.y / 0 if step == 7 else batch.y)
+
+    with pytest.raises(NonFiniteLoss, match=r"step 7: loss inf.*expected finite; the batch is kept in"):
+        fit(Net(), poisoned, squared, CONFIG, tmp_path)
+    kept = torch.load(tmp_path / "nonfinite-step-7.pt", weights_only=True)
+    assert kept["step"] == 7
+    assert torch.equal(kept["batch"]["x"], batch_at(7).x)
+
+
+def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
+    fit(Net(), batch_at, squared, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"other settings: lr 0.01 -> 0.02; expected the same"):
+        fit(Net(), batch_at, squared, replace(CONFIG, lr=2e-2), tmp_path)
+
+
+def test_the_callers_random_state_and_threads_are_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    fit(Net(), batch_at, squared, CONFIG, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_bfloat16_and_callback(tmp_path: Path) -> None:
+    seen: list[int] = []
+    config = replace(CONFIG, dtype="bfloat16", log_every=5)
+    model = Net()
+    fit(model, batch_at, squared, config, tmp_path, on_log=lambda step, metrics: seen.append(step))
+    assert seen == [5, 10, 15, 20]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_weights_decay_and_norms_and_biases_do_not() -> None:
+    model = Net()
+    model.net[0].weight.requires_grad_(False)
+    decayed, free = optim.parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model.net[1].weight), id(model.net[4].weight)}
+    names = ["mod_emb", "encoder.0.norm1.weight", "encoder_norm.weight", "x.bias", "x.gamma", "a.lookup_table_weight"]
+    assert [optim.decays(name) for name in names] == [True, False, False, False, False, False]
+
+
+def test_the_rate_rises_then_falls_to_its_minimum() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = optim.warmup_cosine(optimizer, steps=11, warmup_steps=3, min_lr=0.1)
+    rates = []
+    for _ in range(11):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[7] == pytest.approx(0.55)
+    assert schedule.get_last_lr()[0] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="5 warm-up steps of 5"):
+        optim.warmup_cosine(optimizer, steps=5, warmup_steps=5, min_lr=0.0)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"dtype": "float16"}, {"ema_decay": 1.0}, {"min_lr": 1.0}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        replace(CONFIG, **wrong)
