@@ -39,7 +39,7 @@ def example(rng):
 
 
 def test_span_masking_of_the_documented_example():
-    words = "a small brown dog runs on the wet sand".split()
+    words = ["a", "small", "brown", "dog", "runs", "on", "the", "wet", "sand"]
     ids = np.array([300 + i for i in range(len(words))] + [EOS])
     keep = np.array([w == "runs" for w in words] + [False])
     inputs, targets, _ = mask_spans(ids, keep)

@@ -1,0 +1,312 @@
+"""Any-to-any generation: MaskGIT, random order (ROAR) and autoregression, chained over target modalities."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.fourm import Context, FourM
+from model.masking import MaskedBatch
+from model.schedules import cosine_counts, linear_counts, temperatures
+from model.spec import EOS, NUM_SENTINELS, PAD, SENTINEL_0, SOS, ModalitySpec, union
+
+# B samples, n positions, V vocabulary
+
+Generated = dict[str, Tensor | list[list[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How to generate one target modality, given the conditions and all targets before it.
+
+    Grids of tokens: "maskgit" (keep the surest of all open positions) or "roar" (fill random positions). Sequences:
+    "autoregressive". `top_k` is a count, or a share of the vocabulary if a float; `top_p` keeps the smallest set
+    reaching that probability; both act before the temperature. `cfg_scale` w guides by l_u + w (l_c - l_u), where the
+    unconditional pass lacks the conditions and, with `cfg_grow`, the targets generated before.
+    """
+
+    target: str
+    scheme: Literal["maskgit", "roar", "autoregressive"]
+    num_steps: int = 8
+    schedule: Literal["cosine", "linear"] = "cosine"
+    temperature: float = 1.0
+    temperature_schedule: str = "constant"
+    top_k: int | float = 0
+    top_p: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_grow: bool = True
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("maskgit", "roar", "autoregressive"):
+            raise ValueError(f"{self.target}: scheme {self.scheme!r}, expected maskgit, roar or autoregressive")
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(f"{self.target}: schedule {self.schedule!r}, expected cosine or linear")
+        if self.num_steps < 1:
+            raise ValueError(f"{self.target}: num_steps {self.num_steps}, expected at least 1")
+        if self.temperature < 0 or not 0 <= self.top_p <= 1 or self.top_k < 0:
+            values = (self.temperature, self.top_p, self.top_k)
+            raise ValueError(f"{self.target}: temperature, top_p, top_k {values}, expected >= 0, 0..1, >= 0")
+
+
+@torch.inference_mode()
+def generate(
+    model: FourM, conditions: Mapping[str, Any], steps: Sequence[Step], *, seed: int | Sequence[int]
+) -> Generated:
+    """Generate the targets of `steps` in order; tokens come back int64 (B, n), sequences as lists of ids.
+
+    conditions[name]: tokens (B, n), -1 where a token is not given; sequence: B lists of ids (None: not given), no EOS;
+    pixels float32 (B, C, H, W); embeddings float32 (B, L, dim_in). Every sample has a random stream of its own, made
+    from `seed` and its index (or from its own seed, if one is given for each): the batch around it has no influence.
+    """
+    state = _State(model, conditions)
+    seeds = [_mix(seed, i) for i in range(state.size)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != state.size:
+        raise ValueError(f"{len(seeds)} seeds, expected {state.size}, one a sample")
+    given = frozenset(conditions)
+    for number, step in enumerate(steps):
+        spec = _checked(model, state, step)
+        streams = [torch.Generator().manual_seed(_mix(own, number)) for own in seeds]
+        if step.cfg_scale == 1:
+            dropped: frozenset[str] | None = None
+        else:
+            dropped = frozenset(state.values) if step.cfg_grow else given
+        if spec.kind == "tokens":
+            state.values[spec.name] = _fill_grid(state, spec, step, streams, dropped)
+        else:
+            state.values[spec.name] = _write_sequence(state, spec, step, streams, dropped)
+    return {step.target: state.values[step.target] for step in steps}
+
+
+class _State:
+    """What is known of each sample, and the encoder's view of it."""
+
+    def __init__(self, model: FourM, conditions: Mapping[str, Any]) -> None:
+        self.model = model
+        self.specs = union(model.specs_in, model.specs_out)
+        self.device = model.mask_token.device
+        inputs = {spec.name: spec for spec in model.specs_in}
+        sizes = {name: len(value) for name, value in conditions.items()}
+        if len(set(sizes.values())) != 1 or 0 in sizes.values():
+            raise ValueError(f"conditions of {sizes} samples, expected at least one condition and equal counts")
+        self.size = next(iter(sizes.values()))
+        self.values: dict[str, Any] = {}
+        for name, value in conditions.items():
+            if name not in inputs:
+                raise ValueError(f"{name}: not an input of the model, expected one of {sorted(inputs)}")
+            self.values[name] = self._checked_value(inputs[name], value)
+
+    def _checked_value(self, spec: ModalitySpec, value: Any) -> Any:
+        if spec.kind == "sequence":
+            return [None if ids is None else [int(i) for i in ids] for ids in value]
+        if spec.kind == "tokens":
+            tokens = torch.as_tensor(value, dtype=torch.int64, device=self.device).reshape(self.size, -1)
+            if tokens.shape[1] != spec.max_tokens:
+                raise ValueError(f"{spec.name}: {tokens.shape[1]} tokens, expected {spec.max_tokens}")
+            return tokens
+        return torch.as_tensor(value, dtype=torch.float32, device=self.device)
+
+    def context(self, opened: ModalitySpec, dropped: frozenset[str] = frozenset()) -> Context:
+        """Encode everything but `dropped`; a sequence that is dropped or being written shows as one masked span."""
+        empty = torch.empty(self.size, 0, dtype=torch.int64, device=self.device)
+        ids, modality, positions = [empty], [empty], [empty]
+        for m, spec in enumerate(self.specs):
+            if spec.name not in self.model.encoder_embeddings:
+                continue
+            part = self._part(spec, spec.name == opened.name, spec.name in dropped)
+            if part is None:
+                continue
+            part_ids, real = part
+            ids.append(part_ids)
+            modality.append(torch.where(real, m, -1))
+            positions.append(torch.arange(part_ids.shape[1], device=self.device).expand_as(part_ids))
+        return self.model.encode(self._encoder_batch(*(torch.cat(x, dim=1) for x in (ids, modality, positions))))
+
+    def _part(self, spec: ModalitySpec, opened: bool, dropped: bool) -> tuple[Tensor, Tensor] | None:
+        """Ids (B, n) of a modality's inputs and which of them are real."""
+        value = self.values.get(spec.name)
+        if spec.kind == "sequence":
+            span = [SENTINEL_0 + 1]
+            if opened or (dropped and value is not None):
+                return self._padded([span] * self.size)
+            if value is None:
+                return None
+            return self._padded([[] if s is None else [*s, EOS][: spec.max_tokens] for s in value])
+        if value is None or dropped:
+            return None
+        if spec.kind == "tokens":
+            return value.clamp(min=0), value >= 0
+        num = spec.max_tokens if spec.kind == "pixels" else value.shape[1]
+        rows = torch.arange(num, device=self.device).expand(self.size, num)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
+
+    def _padded(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(len(s) for s in sequences)
+        ids = torch.tensor([s + [PAD] * (longest - len(s)) for s in sequences], dtype=torch.int64)
+        lengths = torch.tensor([len(s) for s in sequences])
+        real = torch.arange(longest) < lengths[:, None]
+        return ids.reshape(self.size, longest).to(self.device), real.to(self.device)
+
+    def _encoder_batch(self, ids: Tensor, modality: Tensor, positions: Tensor) -> MaskedBatch:
+        # Real tokens first, in order, then as much padding as the longest sample needs.
+        length = max(1, int((modality >= 0).sum(dim=1).max())) if modality.shape[1] else 1
+        if modality.shape[1] == 0:
+            ids, positions = ids.new_zeros(self.size, 1), positions.new_zeros(self.size, 1)
+            modality = modality.new_full((self.size, 1), -1)
+        order = torch.argsort((modality < 0).to(torch.int8), dim=1, stable=True)[:, :length]
+        gathered = [x.gather(1, order) for x in (ids, modality, positions)]
+        return self._batch(enc=gathered)
+
+    def decode(self, spec: ModalitySpec, contexts: Sequence[Context], ids: Tensor, positions: Tensor) -> list[Tensor]:
+        """Hidden states (B, n, D) for each context; a grid sees itself whole, a sequence only its past."""
+        num = ids.shape[1]
+        reach = torch.full_like(ids, num)
+        if not spec.is_grid:
+            reach = torch.arange(1, num + 1, device=self.device).expand_as(ids)
+            positions = positions.masked_fill(positions >= (spec.max_positions or spec.max_tokens), 0)
+        modality = torch.full_like(ids, self.specs.index(spec))
+        batch = self._batch(dec=[ids, modality, positions, reach])
+        return [self.model.decode(batch, context) for context in contexts]
+
+    def _batch(self, enc: Sequence[Tensor] = (), dec: Sequence[Tensor] = ()) -> MaskedBatch:
+        none = torch.empty(self.size, 0, dtype=torch.int64, device=self.device)
+        enc_ids, enc_mod, enc_pos = enc or (none,) * 3
+        dec_ids, dec_mod, dec_pos, dec_reach = dec or (none,) * 4
+        held = {spec.name: spec.kind for spec in self.specs if spec.name in self.values}
+        return MaskedBatch(
+            modalities=tuple(spec.name for spec in self.specs),
+            enc_ids=enc_ids, enc_mod=enc_mod, enc_pos=enc_pos,
+            dec_ids=dec_ids, dec_mod=dec_mod, dec_pos=dec_pos, dec_targets=dec_ids, dec_reach=dec_reach,
+            pixels={name: self.values[name] for name, kind in held.items() if kind == "pixels"},
+            embeddings={name: self.values[name] for name, kind in held.items() if kind == "embeddings"},
+        )  # fmt: skip
+
+    def contexts(self, opened: ModalitySpec, dropped: frozenset[str] | None) -> list[Context]:
+        """The conditional context, and with guidance the unconditional one."""
+        return [self.context(opened)] + ([] if dropped is None else [self.context(opened, dropped)])
+
+
+def _fill_grid(
+    state: _State, spec: ModalitySpec, step: Step, streams: list[torch.Generator], dropped: frozenset[str] | None
+) -> Tensor:
+    """All tokens of a grid, (B, n)."""
+    num, device = spec.max_tokens, state.device
+    cosine = step.scheme == "maskgit" and step.schedule == "cosine"
+    counts = (cosine_counts if cosine else linear_counts)(step.num_steps, num)
+    # Open positions: in random order for roar, which takes them from the front.
+    open_positions = torch.arange(num, device=device).expand(state.size, num)
+    if step.scheme == "roar":
+        open_positions = torch.stack([torch.randperm(num, generator=g) for g in streams]).to(device)
+    tokens = state.values[spec.name] = torch.full((state.size, num), -1, device=device)
+    heat = temperatures(step.temperature_schedule, step.temperature, counts)
+    for count, temperature in zip(counts.tolist(), heat.tolist(), strict=True):
+        if count == 0:
+            continue
+        positions = open_positions[:, :count] if step.scheme == "roar" else open_positions
+        hidden = state.decode(spec, state.contexts(spec, dropped), torch.full_like(positions, -1), positions)
+        scores = _guided([state.model.logits(h, spec.name) for h in hidden], step.cfg_scale)
+        sampled, probability = sample(scores, _uniform(streams, positions), temperature, step.top_k, step.top_p)
+        if step.scheme == "roar":
+            tokens.scatter_(1, positions, sampled)
+            open_positions = open_positions[:, count:]
+        else:
+            order = torch.argsort(probability, dim=1, descending=True, stable=True)
+            surest, rest = order[:, :count], order[:, count:].sort(dim=1).values
+            tokens.scatter_(1, positions.gather(1, surest), sampled.gather(1, surest))
+            open_positions = positions.gather(1, rest)
+    return tokens
+
+
+def _write_sequence(
+    state: _State, spec: ModalitySpec, step: Step, streams: list[torch.Generator], dropped: frozenset[str] | None
+) -> list[list[int]]:
+    """Ids of each sample up to its end token or sentinel, which are not part of it."""
+    contexts = state.contexts(spec, dropped)
+    prefix = torch.full((state.size, 1), SENTINEL_0 + 1, device=state.device)
+    done = torch.zeros(state.size, dtype=torch.bool, device=state.device)
+    for _ in range(min(step.max_tokens or spec.max_tokens, spec.max_tokens)):
+        positions = torch.arange(prefix.shape[1], device=state.device).expand_as(prefix)
+        hidden = state.decode(spec, contexts, prefix, positions)
+        scores = _guided([state.model.logits(h[:, -1:], spec.name) for h in hidden], step.cfg_scale)
+        drawn = _uniform(streams, prefix[:, :1])
+        token = sample(scores, drawn, step.temperature, step.top_k, step.top_p)[0].masked_fill(done[:, None], PAD)
+        done |= ((token == EOS) | ((token >= SENTINEL_0) & (token < SENTINEL_0 + NUM_SENTINELS)))[:, 0]
+        prefix = torch.cat([prefix, token], dim=1)
+        if bool(done.all()):
+            break
+    return [_until_end(row) for row in prefix[:, 1:].tolist()]
+
+
+def sample(
+    scores: Tensor, uniform: Tensor, temperature: float, top_k: int | float = 0, top_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Draw ids (B, n) and their probabilities from logits (B, n, V), by inverting the distribution at `uniform`.
+
+    Temperature 0 is the argmax, ranked by its untempered probability.
+    """
+    scores = scores.float()
+    if temperature <= 1e-10:
+        probability, ids = scores.softmax(dim=-1).max(dim=-1)
+        return ids, probability
+    size = scores.shape[-1]
+    ranked: Tensor | None = None
+    if top_k or top_p:
+        kept = min(size, max(1, int(top_k * size) if isinstance(top_k, float) else top_k)) if top_k else size
+        scores, ranked = scores.sort(dim=-1, descending=True) if kept == size else scores.topk(kept, dim=-1)
+        if top_p:
+            probabilities = scores.softmax(dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            before[..., 0] = 0
+            scores = scores.masked_fill(before > top_p, float("-inf"))
+    probabilities = (scores / temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    wanted = uniform[..., None].to(cumulative) * cumulative[..., -1:]
+    # Rounding may point past the last possible id, never below the first.
+    index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=scores.shape[-1] - 1)
+    last = (probabilities > 0).flip(-1).int().argmax(dim=-1, keepdim=True)
+    index = torch.minimum(index, scores.shape[-1] - 1 - last)
+    probability = probabilities.gather(-1, index)[..., 0]
+    ids = index if ranked is None else ranked.gather(-1, index)
+    return ids[..., 0], probability
+
+
+def _guided(scores: list[Tensor], scale: float) -> Tensor:
+    if len(scores) == 1:
+        return scores[0]
+    conditional, unconditional = scores
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _uniform(streams: list[torch.Generator], like: Tensor) -> Tensor:
+    return torch.stack([torch.rand(like.shape[1], generator=g) for g in streams]).to(like.device)
+
+
+def _until_end(row: list[int]) -> list[int]:
+    ids: list[int] = []
+    for token in row:
+        if token == EOS or SENTINEL_0 <= token < SENTINEL_0 + NUM_SENTINELS:
+            break
+        if token not in (PAD, SOS):
+            ids.append(token)
+    return ids
+
+
+def _checked(model: FourM, state: _State, step: Step) -> ModalitySpec:
+    specs = {spec.name: spec for spec in model.specs_out}
+    if step.target not in specs:
+        raise ValueError(f"{step.target}: not an output of the model, expected one of {sorted(specs)}")
+    if step.target in state.values:
+        raise ValueError(f"{step.target}: already given or generated, expected a new target")
+    spec = specs[step.target]
+    if (spec.kind == "sequence") != (step.scheme == "autoregressive"):
+        raise ValueError(f"{step.target}: scheme {step.scheme!r} cannot generate {spec.kind}")
+    return spec
+
+
+def _mix(seed: int, number: int) -> int:
+    return int(hashlib.sha256(f"{seed} {number}".encode()).hexdigest(), 16) % 2**63
