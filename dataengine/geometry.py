@@ -31,7 +31,7 @@ def center_crop(height: int, width: int) -> Crop:
 
 
 def crop_settings(rng: np.random.Generator, height: int, width: int, num_crops: int, min_scale: float) -> np.ndarray:
-    """int64 (num_crops, 5): row 0 the centre crop, the others torchvision's RandomResizedCrop with a fair coin for hflip.
+    """int64 (num_crops, 5): row 0 the centre crop, the others torchvision's RandomResizedCrop, hflip by a coin.
 
     Area in (min_scale, 1) of the image, aspect log-uniform in (3/4, 4/3), ten tries, then the clamped centre crop
     (torchvision.transforms.RandomResizedCrop.get_params).

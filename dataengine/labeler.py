@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ class Labeler(ABC):
 
     def tiny(self, folder: Path) -> Labeler:
         """The same code path on a few-kilobyte random checkpoint that is written to `folder` in the real format."""
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """More that a reader of its cells must know, for their provenance: the vocabulary of a tokenizer, say."""
+        return {}
+
+    def adapted(self, available: Collection[str]) -> Labeler:
+        """The labeler as it should run when these modalities exist or are being made; most do not care."""
         return self
 
     @property

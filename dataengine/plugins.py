@@ -33,7 +33,7 @@ def load(package: str, name: str, base: type[T]) -> type[T]:
     ]
     if len(own) != 1:
         raise ValueError(
-            f"{package}/{name}.py must define exactly one public {base.__name__}, it defines {[c.__name__ for c in own]}"
+            f"{package}/{name}.py must define one public {base.__name__}, it defines {[c.__name__ for c in own]}"
         )
     return own[0]
 

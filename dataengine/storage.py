@@ -31,6 +31,10 @@ class Store:
         data: bytes = self.fs.cat_file(f"{self.base}/{path}")
         return data
 
+    def local_path(self, path: str) -> Path:
+        """A file of this machine with the object's bytes: itself on a local disk, else a cached copy."""
+        return Path(self.base, path) if self.local else cached(f"{self.url}/{path}")
+
     def exists(self, path: str) -> bool:
         """Whether an object of this name is there, asked of the store and not of a cache."""
         self.fs.invalidate_cache()
@@ -54,7 +58,7 @@ class Store:
     def publish(self, path: str, data: bytes) -> bool:
         """Make a whole object appear under `path`; False, and nothing changed, when one is already there.
 
-        Local disk: written and synced in `.staging/`, hard-linked to its name (which fails if the name is taken), folder
+        Local disk: written and synced in `.staging/`, hard-linked to its name (which fails if it is taken), folder
         synced. Object store: one conditional put.
         """
         if self.local:
@@ -132,11 +136,13 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
     return [f if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(f) for f in kept]
 
 
-def cached(url: str) -> Path:
-    """A local copy of a remote file, kept in the user's cache under a name made of its URL."""
+def cached(url: str, download: bool = True) -> Path:
+    """A local copy of a remote file, kept in the user's cache; FileNotFoundError when it may not be downloaded."""
     base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dataengine"
     target = base / hashlib.sha256(url.encode()).hexdigest()[:24] / url.rsplit("/", 1)[-1]
     if not target.exists():
+        if not download:
+            raise FileNotFoundError(f"{url} is not on this machine, and downloads are off")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         with open_url(url) as source, partial.open("wb") as sink:

@@ -1,10 +1,11 @@
-"""Where weights come from and what they are: resolve a checkpoint to a local file, hash it, tell random from trained."""
+"""Where weights come from and what they are: resolve a checkpoint to a local file, hash it, tell random ones."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Weights:
 
 
 def resolve(checkpoint: str, filename: str | None = None) -> Path:
-    """The local file of a checkpoint: a local path, an fsspec URL (copied once to the cache), or a hub id with `filename`.
+    """The local file of a checkpoint: a local path, an fsspec URL (cached once), or a hub id with `filename`.
 
     A local folder is taken as a hub layout that holds `filename`. FileNotFoundError says what was tried.
     """
@@ -37,7 +38,7 @@ def resolve(checkpoint: str, filename: str | None = None) -> Path:
             return local / filename
         raise FileNotFoundError(f"checkpoint folder {checkpoint} holds no {filename}")
     if "://" in checkpoint:
-        return storage.cached(checkpoint)
+        return storage.cached(checkpoint, download=not offline())
     if filename is not None and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/")):
         return _from_hub(checkpoint, filename)
     raise FileNotFoundError(
@@ -45,12 +46,17 @@ def resolve(checkpoint: str, filename: str | None = None) -> Path:
     )
 
 
+def offline() -> bool:
+    """Whether nothing may be downloaded: HF_HUB_OFFLINE, the hub's own switch, holds for URLs too."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
 def _from_hub(repo: str, filename: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename))
+        return Path(huggingface_hub.hf_hub_download(repo, filename, local_files_only=offline()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{filename} of {repo} is neither cached nor reachable: {type(error).__name__}"

@@ -1,0 +1,218 @@
+"""What a dataset root holds: its plan, its cells and their commit records, its quarantine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataengine import shards
+from dataengine.canonical import Limits
+from dataengine.shards import Member, shard_name
+from dataengine.storage import Store
+
+FORMAT = 1
+"""Version of the layout that docs/shard-format.md describes."""
+
+INGESTED = ("rgb", "caption", "crop_settings")
+"""The columns that ingest writes for every corpus; a corpus with exact labels adds its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was decided at ingest, once: `plan.json`. `fingerprint` is the sha256 of the list of splits."""
+
+    corpus: str
+    shard_size: int
+    num_crops: int
+    min_crop_scale: float
+    seed: int
+    limits: Limits
+    num_shards: int
+    num_items: int
+    fingerprint: str
+    ingested: tuple[str, ...]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record that makes a cell exist; deterministic, so that equal trees have equal records (times are in `runs/`).
+
+    `spec` is the identity of what made it; `invalid` maps a key whose label failed to the reason (its member is a
+    placeholder). The record of the rgb column also carries the ordered keys and where they came from.
+    """
+
+    modality: str
+    shard: int
+    spec: str
+    file: str
+    num_bytes: int
+    sha256: str
+    num_samples: int
+    keys_sha256: str
+    invalid: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """One item that was refused at ingest, or a whole item of a corpus that could not be read."""
+
+    key: str
+    source: str
+    stage: str
+    reason: str
+    detail: str
+
+
+class NotADataset(ValueError):
+    """There is no readable dataset at a root."""
+
+
+class Conflict(ValueError):
+    """A cell is already committed with other content or another identity; nothing was changed."""
+
+
+class Dataset:
+    """A dataset root. Only commit records are trusted: a tar without one does not exist."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.store = Store(root)
+
+    # -- plan ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan, so whether this is a dataset at all."""
+        return self.store.exists("plan.json")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan; NotADataset when there is none or it is of another format."""
+        try:
+            record = json.loads(self.store.read("plan.json"))
+        except FileNotFoundError:
+            raise NotADataset(f"{self.store.url} holds no plan.json: `dataengine ingest` makes one") from None
+        if record["format"] != FORMAT:
+            raise NotADataset(f"{self.store.url} has format {record['format']}, this program reads {FORMAT}")
+        limits = Limits(**record.pop("limits"))
+        return Plan(**{**record, "limits": limits, "ingested": tuple(record["ingested"])})
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write the plan once; Conflict when another one is there."""
+        if not self.store.publish("plan.json", _json(dataclasses.asdict(plan))) and self.plan != plan:
+            changed = [
+                f"{f.name}: {getattr(self.plan, f.name)!r} there, {getattr(plan, f.name)!r} asked"
+                for f in dataclasses.fields(Plan)
+                if getattr(self.plan, f.name) != getattr(plan, f.name)
+            ]
+            raise Conflict(f"{self.store.url} was planned otherwise ({'; '.join(changed)}); use another root")
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def modalities(self) -> list[str]:
+        """The modalities with at least one commit record, the ingested ones first."""
+        found = {path.split("/")[1] for path in self.store.find() if path.startswith("commits/")}
+        return [m for m in INGESTED if m in found] + sorted(found - set(INGESTED))
+
+    def committed(self, modality: str) -> list[int]:
+        """The shards of a modality that are committed, ascending."""
+        return [int(n[6:-5]) for n in self.store.list(f"commits/{modality}") if n.endswith(".json")]
+
+    def commit(self, modality: str, shard: int) -> Commit | None:
+        """The commit record of a cell, or None when it is not committed."""
+        try:
+            record = json.loads(self.store.read(_record_path(modality, shard)))
+        except FileNotFoundError:
+            return None
+        return Commit(**{**record, "keys": tuple(record["keys"])})
+
+    def keys(self, shard: int) -> tuple[str, ...]:
+        """The ordered keys of a shard, as its rgb commit record lists them."""
+        record = self.commit("rgb", shard)
+        if record is None:
+            raise NotADataset(f"{shard_name(shard)} of {self.store.url} is not ingested")
+        return record.keys
+
+    def read(self, modality: str, shard: int) -> list[Member]:
+        """The members of a committed tar; ValueError when its bytes are not the committed ones."""
+        record = self.commit(modality, shard)
+        if record is None:
+            raise NotADataset(f"{modality}/{shard_name(shard)} of {self.store.url} is not committed")
+        data = self.store.read(record.file)
+        if shards.sha256(data) != record.sha256:
+            raise ValueError(f"{record.file} does not have the sha256 of its commit record {record.sha256}")
+        try:
+            return list(shards.read_tar(data))
+        except tarfile.ReadError as error:
+            raise ValueError(f"{record.file} is no tar: {error}") from error
+
+    def publish(self, record: Commit, data: bytes) -> bool:
+        """Publish a cell: its file, then its record. False when the same cell is there already; Conflict if it differs.
+
+        A file without a record is what an interrupted attempt left: adopted when its bytes are the same, else replaced.
+        """
+        if not self.store.publish(record.file, data):
+            there = self.commit(record.modality, record.shard)
+            if there is None and shards.sha256(self.store.read(record.file)) != record.sha256:
+                self.store.remove(record.file)
+                self.store.publish(record.file, data)
+        if self.store.publish(_record_path(record.modality, record.shard), _json(dataclasses.asdict(record))):
+            return True
+        there = self.commit(record.modality, record.shard)
+        if there is None or (there.spec, there.sha256) != (record.spec, record.sha256):
+            raise Conflict(
+                f"{record.file} was committed by another run with other content; the one that came first is kept"
+            )
+        return False
+
+    def uncommit(self, modality: str, shard: int) -> None:
+        """Forget a cell: its record first, so that no reader sees a record without its file."""
+        record = self.commit(modality, shard)
+        if record is not None:
+            self.store.remove(_record_path(modality, shard))
+            self.store.remove(record.file)
+
+    def orphans(self) -> list[str]:
+        """Files of the layout that no commit record names, and staging leftovers: what `gc` may delete."""
+        kept = {"plan.json"}
+        found = list(self.store.find())
+        for path in found:
+            if path.startswith("commits/"):
+                kept |= {path, json.loads(self.store.read(path))["file"]}
+        return [p for p in found if p not in kept and not p.startswith(("runs/", "quarantine/"))]
+
+    # -- quarantine ---------------------------------------------------------------------------------------------------
+
+    def write_quarantine(self, shard: int, items: list[Quarantined]) -> None:
+        """Write what a shard refused; nothing when it refused nothing."""
+        if items:
+            lines = "".join(json.dumps(dataclasses.asdict(i), sort_keys=True) + "\n" for i in items)
+            self.store.publish(f"quarantine/{shard_name(shard)}.jsonl", lines.encode())
+
+    def quarantine(self) -> list[Quarantined]:
+        """All that was refused, in shard order."""
+        return [
+            Quarantined(**json.loads(line))
+            for name in self.store.list("quarantine")
+            for line in self.store.read(f"quarantine/{name}").decode().splitlines()
+        ]
+
+
+def tar_path(modality: str, shard: int) -> str:
+    """Where the tar of a cell lies."""
+    return f"{modality}/{shard_name(shard)}.tar"
+
+
+def _record_path(modality: str, shard: int) -> str:
+    return f"commits/{modality}/{shard_name(shard)}.json"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()

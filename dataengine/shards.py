@@ -1,0 +1,60 @@
+"""One tar per modality and shard: USTAR, one member a key, the same members always the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: the key, the suffix without its dot, and the content."""
+
+    key: str
+    suffix: str
+    data: bytes
+
+
+def build_tar(members: Iterable[Member]) -> bytes:
+    """A tar of the members in the order given: USTAR, owner root, mode 0444, time 0.
+
+    Python's tarfile and not webdataset's writer: that one seals a partial file when the code around it raises, imports
+    torch, and leaves the tar dialect to Python's default.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member in members:
+            info = tarfile.TarInfo(f"{member.key}.{member.suffix}")
+            info.size, info.mode, info.mtime = len(member.data), 0o444, 0
+            info.uname = info.gname = "root"
+            tar.addfile(info, io.BytesIO(member.data))
+    return stream.getvalue()
+
+
+def read_tar(data: bytes) -> Iterator[Member]:
+    """The members of a tar in their order; tarfile.ReadError when it is cut or damaged."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for info in tar:
+            key, _, suffix = info.name.partition(".")
+            content = tar.extractfile(info)
+            if content is None:
+                raise tarfile.ReadError(f"{info.name} is not a regular file")
+            yield Member(key, suffix, content.read())
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def keys_sha256(keys: Iterable[str]) -> str:
+    """Hex digest of an ordered key list: equal digests, aligned tars."""
+    return sha256("\n".join(keys).encode())
+
+
+def shard_name(shard: int) -> str:
+    """`shard-00042`, the name of a shard without its suffix."""
+    return f"shard-{shard:05d}"

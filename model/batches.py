@@ -1,0 +1,181 @@
+"""Packed shards to masked batches: a weighted mixture of datasets, each batch a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dataengine import modalities
+from dataengine.geometry import crops_of
+from dataengine.manifest import Dataset
+from dataengine.packed import Column, Packed
+from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
+from model.spec import ModalitySpec
+from model.tokenizers.domains import Domain
+
+# ImageNet statistics of images in 0..1: what ml-4m feeds the model with.
+RGB_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+RGB_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (..., h, w, 3) to float32 (..., 3, h, w) with ImageNet's mean and deviation."""
+    scaled = (pixels.astype(np.float32) / 255 - RGB_MEAN) / RGB_STD
+    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+
+def spec_of(column: Column, patch_size: int) -> ModalitySpec:
+    """The model's view of a packed column; `patch_size` is used for pixels."""
+    if column.kind == "pixels":
+        side, rest = divmod(column.side, patch_size)
+        if rest:
+            raise ValueError(f"{column.name}: {column.side} pixels are no multiple of the patch size {patch_size}")
+        return ModalitySpec(name=column.name, kind="pixels", max_tokens=side**2, patch_size=patch_size)
+    return ModalitySpec(
+        name=column.name,
+        kind=column.kind,
+        max_tokens=column.max_tokens,
+        vocab_size=column.vocab_size,
+        chunked=column.chunked,
+    )
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """The packed shards of one dataset, and how often a sample is drawn from it."""
+
+    shards: tuple[Packed, ...]
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return sum(len(s) for s in self.shards)
+
+
+def merged_columns(datasets: Sequence[PackedDataset]) -> dict[str, Column]:
+    """The columns of all datasets by name; ValueError when two hold ids of different tokenizers under one name."""
+    merged: dict[str, Column] = {}
+    for dataset in datasets:
+        for shard in dataset.shards:
+            for name, column in shard.columns.items():
+                known = merged.setdefault(name, column)
+                if known != column:
+                    raise ValueError(
+                        f"{name} of {shard.path} was made by another tokenizer or layout ({column.tokenizer[:12]}) "
+                        f"than {name} elsewhere ({known.tokenizer[:12]}): tokenise and pack both with the same one"
+                    )
+    return merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatches:
+    """Called with a step, the masked batch of that step; samples are drawn with replacement, as ml-4m's shards are.
+
+    A modality that a dataset lacks, or that is not valid for a sample, is absent: it takes no token budget.
+    """
+
+    datasets: tuple[PackedDataset, ...]
+    specs: tuple[ModalitySpec, ...]
+    masking: MaskingConfig
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> MaskedBatch:
+        """The batch of a step."""
+        rng = np.random.default_rng([self.seed, step])
+        weights = np.array([d.weight for d in self.datasets])
+        chosen = rng.choice(len(self.datasets), self.batch_size, p=weights / weights.sum())
+        samples = [mask_sample(rng, self._sample(self.datasets[d], rng), self.specs, self.masking) for d in chosen]
+        return collate(samples, self.specs, self.masking.input_tokens[1], self.masking.target_tokens[1])
+
+    def _sample(self, dataset: PackedDataset, rng: np.random.Generator) -> dict[str, Any]:
+        ends = list(itertools.accumulate(len(s) for s in dataset.shards))
+        index = int(rng.integers(ends[-1]))
+        place = bisect.bisect_right(ends, index)
+        shard = dataset.shards[place]
+        names = [s.name for s in self.specs if s.name in shard.columns]
+        row = shard.row(index - (ends[place] - len(shard)), rng, names)
+        return {
+            name: normalised(value) if value is not None and shard.columns[name].kind == "pixels" else value
+            for name, value in row.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapBatches:
+    """Called with a step, a batch of one modality's maps as network input: what a tokenizer is trained on.
+
+    Shards and the samples in them are in a new random order every epoch; a step reads only its own shard.
+    """
+
+    datasets: tuple[Dataset, ...]
+    modality: str
+    domain: Domain
+    side: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> Tensor:
+        """The batch of a step: each sample under one of its crops."""
+        rng = np.random.default_rng([self.seed, step])
+        cells = self._cells
+        epoch, place = divmod(step, sum(n for _, _, n in cells))
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(cells))
+        for i in order:
+            dataset, shard, batches = cells[i]
+            if place < batches:
+                break
+            place -= batches
+        maps = self._maps(dataset, shard)
+        shuffled = np.random.default_rng([self.seed, epoch, 2, int(i)]).permutation(len(maps))
+        chosen = shuffled[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.domain.to_network([maps[j][int(rng.integers(len(maps[j])))] for j in chosen])
+
+    @cached_property
+    def _cells(self) -> list[tuple[int, int, int]]:
+        """(dataset, shard, number of batches) of every committed cell with at least one valid map."""
+        cells = []
+        for d, dataset in enumerate(self.datasets):
+            for shard in dataset.committed(self.modality):
+                record = dataset.commit(self.modality, shard)
+                valid = 0 if record is None else record.num_samples - len(record.invalid)
+                if valid:
+                    cells.append((d, shard, -(-valid // self.batch_size)))
+        if not cells:
+            raise ValueError(f"no valid {self.modality} in {', '.join(d.store.url for d in self.datasets)}")
+        return cells
+
+    def _maps(self, dataset: int, shard: int) -> list[list[np.ndarray]]:
+        """The valid maps of a shard under each of their crops; the shards last used stay in memory."""
+        if (dataset, shard) not in self._cache:
+            while len(self._cache) >= _CACHED_SHARDS:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[dataset, shard] = _read_maps(self.datasets[dataset], self.modality, shard, self.side)
+        return self._cache[dataset, shard]
+
+    @cached_property
+    def _cache(self) -> dict[tuple[int, int], list[list[np.ndarray]]]:
+        return {}
+
+
+_CACHED_SHARDS = 64
+
+
+def _read_maps(dataset: Dataset, modality: str, shard: int, side: int) -> list[list[np.ndarray]]:
+    codec, image, settings = modalities.load(modality), modalities.load("rgb"), modalities.load("crop_settings")
+    record = dataset.commit(modality, shard)
+    out = []
+    columns = (dataset.read(m, shard) for m in (modality, "rgb", "crop_settings"))
+    for value, rgb, rows in zip(*columns, strict=True):
+        if record is not None and value.key not in record.invalid:
+            size = image.decode(rgb.data).shape[:2]
+            decoded = codec.decode(value.data)
+            crops = crops_of(settings.decode(rows.data))
+            out.append([codec.crop(decoded, crop, size, side) for crop in crops])
+    return out

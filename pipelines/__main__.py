@@ -1,0 +1,334 @@
+"""The command line: `dataengine <command>`, each command a thin shell around one module."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dataengine.manifest import Conflict, Dataset, NotADataset
+from pipelines import run as running
+from pipelines.run import Runner, TooManyBad, console
+
+EXIT_CODES = """
+Exit codes: 0 all that was wanted is committed; 1 an unexpected error; 2 a wrong command, setting or input;
+3 more failures than --max-bad-fraction; 4 verify found something; 5 a conflict with what is committed already."""
+
+app = typer.Typer(
+    name="dataengine",
+    help="Label image corpora with specialist networks, tokenise the labels, train any-to-any models on the tokens.\n"
+    + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Root = Annotated[str, typer.Argument(help="Dataset root: a folder or any fsspec URL.")]
+Modalities = Annotated[
+    list[str] | None,
+    typer.Argument(help="Modalities to make, and settings as labeler.field=value (sam.points_per_side=16)."),
+]
+Settings = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: field=value, loop.steps=100.")]
+RunnerOption = Annotated[
+    Runner, typer.Option(help="ray: on the Ray cluster of RAY_ADDRESS or of this machine; local: in this process.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one core (and one GPU, if any) each.")]
+Bad = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Fail when a larger fraction is refused or cannot be labelled.")
+]
+Recipe = Annotated[
+    str | None, typer.Option(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+
+
+def _exits(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors a user can cause into one message and an exit code that says which kind it was."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except TooManyBad as error:
+            _fail(error, 3)
+        except Conflict as error:
+            _fail(error, 5)
+        except (NotADataset, ValueError, FileNotFoundError) as error:
+            _fail(error, 2)
+
+    return wrapped
+
+
+def _fail(error: Exception, code: int) -> None:
+    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+def _say(value: Any, as_json: bool, line: str) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value, default=str) + "\n")
+    else:
+        console.print(line, markup=False, highlight=False)
+
+
+@app.command()
+@_exits
+def ingest(
+    corpus: Annotated[str, typer.Argument(help="folder:PATH, webdataset:URL, parquet:URL, hf:NAME or scenes:COUNT.")],
+    root: Root,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
+    num_crops: Annotated[
+        int, typer.Option(min=1, help="Crops drawn for each image; the first is the centre crop.")
+    ] = 1,
+    min_crop_scale: Annotated[float, typer.Option(min=0.01, max=1.0, help="Smallest area of a random crop.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the crops.")] = 0,
+    max_pixels: Annotated[int | None, typer.Option(help="Refuse images that declare more pixels.")] = None,
+    runner: RunnerOption = "ray",
+    workers: Workers = 2,
+    max_bad_fraction: Bad = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Take a corpus in: canonical images, captions and crop settings, in shards; what is refused goes to quarantine."""
+    from dataengine.canonical import Limits
+
+    from dataengine.ingest import IngestSettings, prepare
+
+    dataset = Dataset(root)
+    limits = Limits() if max_pixels is None else Limits(max_pixels=max_pixels)
+    settings = IngestSettings(
+        shard_size=shard_size, num_crops=num_crops, min_crop_scale=min_crop_scale, seed=seed, limits=limits
+    )
+    worker, tasks = prepare(dataset, corpus, settings)
+    summary = running.execute(
+        dataset,
+        worker,
+        tasks,
+        what="ingest",
+        runner=runner,
+        workers=workers,
+        device="cpu",
+        max_bad_fraction=max_bad_fraction,
+    )
+    shards = dataset.plan.num_shards
+    _say(
+        {**summary.as_json(), "shards": shards},
+        as_json,
+        f"ingested {summary.num_samples} images, refused {summary.num_refused}; {len(tasks)} of {shards} shards were to do",
+    )
+
+
+@app.command()
+@_exits
+def plan(
+    root: Root, modalities: Modalities = None, recipe: Recipe = None, workers: Workers = 2, as_json: Json = False
+) -> None:
+    """The cells to do, in order, and what they will cost, measured on a few images here; nothing is written."""
+    from pipelines import estimate, label
+
+    dataset = Dataset(root)
+    names, settings = _split(modalities)
+    made = label.plan(dataset, names, recipe, settings)
+    lines = estimate.estimate(dataset, made)
+    hours = sum(line.seconds for line in lines) / workers / 3600
+    if as_json:
+        _say(
+            {"cells": made.num_cells, "done": made.num_done, "hours": hours, "labelers": [vars(x) for x in lines]},
+            True,
+            "",
+        )
+        return
+    table = Table(
+        "labeler", "makes", "cells to do", "images", "s/image here", "core hours", title=f"{made.num_cells} cells to do"
+    )
+    for x in lines:
+        each = "-" if x.seconds_per_image is None else f"{x.seconds_per_image:.3f}"
+        table.add_row(x.labeler, ", ".join(x.emits), str(x.cells), str(x.images), each, f"{x.seconds / 3600:.3f}")
+    console.print(table)
+    console.print(f"{made.num_done} cells are committed already; about {hours:.2f} h with {workers} workers")
+
+
+@app.command()
+@_exits
+def label(
+    root: Root,
+    modalities: Modalities = None,
+    recipe: Recipe = None,
+    runner: RunnerOption = "ray",
+    workers: Workers = 2,
+    device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
+    replace: Annotated[list[str] | None, typer.Option(help="Make this column anew, whatever is committed.")] = None,
+    max_bad_fraction: Bad = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Label a dataset: make the wanted cells that are not committed yet. Run it again to resume."""
+    from pipelines import label as labelling
+
+    dataset = Dataset(root)
+    names, settings = _split(modalities)
+    labelling.replace(dataset, replace or [])
+    made = labelling.plan(dataset, names, recipe, settings)
+    for labeler in made.labelers:
+        weights = labeler.weights()
+        if weights is not None and weights.random:
+            console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")
+    summary = running.execute(
+        dataset,
+        made.group(dataset.store.url),
+        made.tasks,
+        what="label",
+        runner=runner,
+        workers=workers,
+        device=labelling.pick_device(device),
+        max_bad_fraction=max_bad_fraction,
+        recipe=[x.identity() for x in made.labelers],
+    )
+    failed = sum(summary.invalid.values())
+    _say(
+        {**summary.as_json(), "already_committed": made.num_done},
+        as_json,
+        f"committed {made.num_cells} cells, {made.num_done} were committed already; {failed} labels failed",
+    )
+
+
+def _split(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """Modality names and `labeler.field=value` settings, told apart by the equals sign."""
+    given = arguments or []
+    return [a for a in given if "=" not in a], [a for a in given if "=" in a]
+
+
+@app.command()
+@_exits
+def status(root: Root, as_json: Json = False) -> None:
+    """What is committed, by modality: shards, labels that failed, bytes, and who made it."""
+    from pipelines import look
+
+    dataset = Dataset(root)
+    rows = look.status(dataset)
+    if as_json:
+        _say([vars(r) for r in rows], True, "")
+        return
+    table = Table("modality", "shards", "samples", "failed", "MB", "made by", title=dataset.store.url)
+    for r in rows:
+        who = f"{r.labeler} (RANDOM WEIGHTS)" if r.random else r.labeler
+        table.add_row(r.modality, f"{r.shards}/{r.of}", str(r.samples), str(r.invalid), f"{r.num_bytes / 1e6:.1f}", who)
+    console.print(table)
+    console.print(f"{len(dataset.quarantine())} items in quarantine")
+
+
+@app.command()
+@_exits
+def verify(root: Root, as_json: Json = False) -> None:
+    """Re-read everything: hashes, alignment, decodability, the schema of each modality, crops in range."""
+    from rich.progress import track
+
+    from dataengine import validate
+
+    dataset = Dataset(root)
+    dataset.plan  # noqa: B018  raises when this is no dataset
+    cells = sum(len(dataset.committed(m)) for m in dataset.modalities())
+    steps = iter(track(range(cells), "verify", console=console))
+    problems = validate.verify(dataset, lambda modality, shard: (next(steps, None), None)[1])
+    for p in problems:
+        console.print(f"{p.file} {p.key}: {p.problem}", markup=False)
+    _say([vars(p) for p in problems], as_json, f"{cells} cells read, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(4)
+
+
+@app.command()
+@_exits
+def gc(
+    root: Root,
+    delete: Annotated[bool, typer.Option(help="Delete them; without it they are only listed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what no commit record names (left by interrupted runs), and delete it when told to."""
+    dataset = Dataset(root)
+    dataset.plan  # noqa: B018  raises when this is no dataset
+    orphans = dataset.orphans()
+    for path in orphans:
+        if not as_json:
+            console.print(path, markup=False)
+        if delete:
+            dataset.store.remove(path)
+    _say(orphans, as_json, f"{len(orphans)} orphans {'deleted' if delete else 'found'}")
+
+
+@app.command()
+@_exits
+def retry(
+    root: Root,
+    modalities: Modalities = None,
+    reason: Annotated[str, typer.Option(help="Only cells with a failure whose reason holds this text.")] = "",
+    recipe: Recipe = None,
+    runner: RunnerOption = "ray",
+    workers: Workers = 2,
+    max_bad_fraction: Bad = 0.05,
+) -> None:
+    """Make cells with failed labels again: forget them, then label. Samples refused at ingest are in no cell."""
+    dataset = Dataset(root)
+    names, _ = _split(modalities)
+    ingested = dataset.plan.ingested
+    again: dict[str, int] = {}
+    for m in names or [m for m in dataset.modalities() if m not in ingested and not m.startswith("tok")]:
+        for shard in dataset.committed(m):
+            record = dataset.commit(m, shard)
+            if record is not None and any(reason in why for why in record.invalid.values()):
+                dataset.uncommit(m, shard)
+                again[m] = again.get(m, 0) + 1
+    console.print(f"cells to make again: {again or 'none'}")
+    if again:
+        label(root, [*again, *_split(modalities)[1]], recipe, runner, workers, "auto", None, max_bad_fraction, False)
+
+
+@app.command()
+@_exits
+def inspect(
+    root: Root,
+    out: Annotated[str, typer.Option(help="The HTML file to write.")] = "inspect.html",
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 24,
+) -> None:
+    """Write one self-contained HTML page: samples x modalities, commits, quarantine, provenance."""
+    from pathlib import Path
+
+    from pipelines import look, page
+
+    dataset = Dataset(root)
+    dataset.plan  # noqa: B018  raises when this is no dataset
+    Path(out).write_text(page.render(look.page(dataset, samples)))
+    console.print(f"wrote {out}")
+
+
+@app.command()
+@_exits
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run: Ray, GPUs, weights found, licences, rival packages."""
+    from pipelines import doctor as doctors
+
+    report = doctors.examine()
+    if as_json:
+        _say(report, True, "")
+        return
+    for section, rows in report.items():
+        table = Table("what", "finding", title=section)
+        for name, finding in rows.items():
+            table.add_row(name, str(finding))
+        console.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from pipelines import commands
+
+    commands.add(app)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Recipes: typed configurations as Python functions, changed by `field=value` on the command line, saved resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from dataengine import plugins
+
+C = TypeVar("C")
+
+
+def load(name: str, kind: type[C]) -> C:
+    """The configuration that a recipe returns: a name in `pipelines/recipes/`, or a Python file with `def recipe()`.
+
+    ValueError when there is no such recipe (naming the nearest) or it configures another kind of run.
+    """
+    if name.endswith(".py"):
+        made = importlib.util.spec_from_file_location(Path(name).stem, name)
+        if made is None or made.loader is None or not Path(name).is_file():
+            raise ValueError(f"recipe {name!r}: no such Python file")
+        module = importlib.util.module_from_spec(made)
+        made.loader.exec_module(module)
+    else:
+        known = plugins.names("pipelines.recipes")
+        if name not in known:
+            raise ValueError(f"unknown recipe {name!r}{plugins.nearest(name, known)}; known: {', '.join(known)}")
+        module = importlib.import_module(f"pipelines.recipes.{name}")
+    config = module.recipe()
+    if not isinstance(config, kind):
+        raise ValueError(f"recipe {name!r} configures a {type(config).__name__}, this command runs a {kind.__name__}")
+    return config
+
+
+def override(config: C, assignments: Sequence[str]) -> C:
+    """The configuration with `path.to.field=value` applied, values read as YAML and checked against the field's type."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{assignment!r}: expected field=value")
+        config = _set(config, path.split("."), yaml.safe_load(text), path)
+    return config
+
+
+def _set(config: Any, path: list[str], value: Any, whole: str) -> Any:
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ValueError(f"{whole!r}: {type(config).__name__} has no fields to set")
+    known = [f.name for f in dataclasses.fields(config)]
+    name, *rest = path
+    if name not in known:
+        hint = plugins.nearest(name, known)
+        raise ValueError(f"unknown setting {whole!r}{hint}; {type(config).__name__} has: {', '.join(known)}")
+    if rest:
+        return dataclasses.replace(config, **{name: _set(getattr(config, name), rest, value, whole)})
+    try:
+        checked = TypeAdapter(get_type_hints(type(config))[name]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{whole}={value!r}: {error.errors()[0]['msg']}") from error
+    return dataclasses.replace(config, **{name: checked})
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values, for the record."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {"kind": type(config).__name__, **values}

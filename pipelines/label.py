@@ -1,0 +1,88 @@
+"""Label: from modality names and a recipe to labelers, and from labelers to committed cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dataengine import plugins
+from dataengine.labeler import Labeler
+from dataengine.manifest import Dataset
+from dataengine.plan import LabelPlan, plan_labels
+from pipelines import config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRun:
+    """A recipe for labelling: labelers with their settings, tried before the defaults of `labelers/`."""
+
+    labelers: tuple[Labeler, ...] = ()
+
+
+def default_labelers() -> list[Labeler]:
+    """Every labeler of the registry with its default settings (published checkpoints)."""
+    return [plugins.load("labelers", name, Labeler)() for name in plugins.names("labelers")]
+
+
+def plan(
+    dataset: Dataset, modalities: Sequence[str], recipe: str | LabelRun | None, settings: Sequence[str] = ()
+) -> LabelPlan:
+    """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
+    run = recipe if isinstance(recipe, LabelRun) else LabelRun() if recipe is None else config.load(recipe, LabelRun)
+    candidates = [*_set(run.labelers, settings), *default_labelers()]
+    wanted = list(modalities) or [m for labeler in run.labelers for m in labeler.emits]
+    if not wanted:
+        raise ValueError("name the modalities to label, or a recipe with labelers")
+    offered = {m for labeler in candidates for m in labeler.emits}
+    for m in wanted:
+        if m not in offered and m not in dataset.plan.ingested:
+            known = sorted(offered)
+            raise ValueError(
+                f"nothing makes {m!r}{plugins.nearest(m, known)}; there are labelers for: {', '.join(known)}"
+            )
+    available = {*dataset.modalities(), *wanted}
+    return plan_labels(dataset, wanted, [labeler.adapted(available) for labeler in candidates])
+
+
+def _set(labelers: Sequence[Labeler], settings: Sequence[str]) -> list[Labeler]:
+    """The labelers with `labeler.field=value` applied."""
+    out = {labeler.name: labeler for labeler in labelers}
+    for setting in settings:
+        name, _, rest = setting.partition(".")
+        if name not in out:
+            if name not in plugins.names("labelers"):
+                raise ValueError(
+                    f"unknown labeler {name!r}{plugins.nearest(name, plugins.names('labelers'))} in {setting!r}"
+                )
+            out[name] = plugins.load("labelers", name, Labeler)()
+        out[name] = config.override(out[name], [rest])
+    return list(out.values())
+
+
+def replace(dataset: Dataset, modalities: Sequence[str]) -> int:
+    """Uncommit whole columns so that they can be made anew; the number of cells forgotten."""
+    ingested = dataset.plan.ingested
+    for m in modalities:
+        if m in ingested:
+            raise ValueError(f"{m} was ingested: it cannot be replaced, make another root")
+    cells = [(m, shard) for m in modalities for shard in dataset.committed(m)]
+    for m, shard in cells:
+        dataset.uncommit(m, shard)
+    return len(cells)
+
+
+def describe(labeler: Labeler) -> str:
+    """One line for tables: the labeler, its weights, and whether they are random."""
+    weights = labeler.weights()
+    if weights is None:
+        return labeler.name
+    return f"{labeler.name} ({'RANDOM WEIGHTS' if weights.random else weights.source})"
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is cuda where there is one, else cpu."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
