@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -138,13 +138,13 @@ def _train(
     with contextlib.closing(_prefetched(batch_at, done, config.steps)) as batches:
         for step, batch in batches:
             moved = batch.to(state.device, non_blocking=True)
-            lr = state.scheduler.get_last_lr()[0]
+            lr = float(state.scheduler.get_last_lr()[0])
             value, grad_norm, parts = state.step(moved, loss)
             if not (math.isfinite(value) and math.isfinite(grad_norm)):
                 raise NonFiniteLoss(_keep_batch(out, step, batch, value, grad_norm))
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                metrics = {"loss": value, "lr": lr, "grad_norm": grad_norm, **parts}
+                metrics = dict(loss=value, lr=lr, grad_norm=grad_norm, **parts)
                 journal.log(done, metrics)
             journal.advance(done, value)
             late = config.max_seconds is not None and time.monotonic() - started > config.max_seconds
@@ -254,7 +254,7 @@ def _surroundings(config: LoopConfig, model: nn.Module) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _prefetched(batch_at: Callable[[int], B], first: int, end: int) -> Iterator[tuple[int, B]]:
+def _prefetched(batch_at: Callable[[int], B], first: int, end: int) -> Generator[tuple[int, B], None, None]:
     """The batches of steps first..end-1 in order, each made while the one before it is in use."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
         upcoming = pool.submit(batch_at, first)

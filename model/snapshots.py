@@ -1,17 +1,41 @@
-"""Checkpoints of a training run: one folder per step, which appears whole or not at all."""
+"""Weights on disk: safetensors files of the same bytes each time, and the checkpoints of a training run."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 Weights = dict[str, dict[str, Tensor]]
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file, the same bytes for the same content; tied tensors are written twice."""
+    # Cloned, since safetensors refuses the tied tensors that a strict load wants under both names.
+    data = save({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, metadata)
+    # The library writes metadata in the order of a randomly seeded hash map, so sort it; offsets count from the
+    # header's end, which is padded to a multiple of eight with spaces.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put a whole file under its name at once, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def path(folder: Path, step: int) -> Path:
@@ -36,11 +60,7 @@ def write(folder: Path, step: int, weights: Weights, rest: dict[str, Any]) -> No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in weights.items():
-        # Cloned, since safetensors refuses the tied tensors that a strict load wants twice.
-        save_file(
-            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
-            partial / f"{name}.safetensors",
-        )
+        (partial / f"{name}.safetensors").write_bytes(safetensors_bytes(tensors))
     torch.save(rest, partial / "state.pt")
     if final.exists():
         shutil.rmtree(final)

@@ -62,5 +62,4 @@ def load(name: str) -> type[Tokenizer]:
     """The tokenizer class in the file `<name>.py`; ValueError for an unknown name."""
     if name in _NOT_TOKENIZERS:
         raise ValueError(f"{name!r} is no tokenizer; known: {', '.join(names())}")
-    # A tokenizer is loaded through its abstract base, which mypy does not take for a type[T].
-    return plugins.load(__name__, name, Tokenizer)  # type: ignore[type-abstract]
+    return plugins.load(__name__, name, Tokenizer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers as hf
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from model import snapshots
 from model.tokenizers import Tokenizer
 
 PAD, UNK, SOS, EOS = "[PAD]", "[UNK]", "[SOS]", "[EOS]"
@@ -167,11 +168,7 @@ class TextTokenizer(Tokenizer):
 
     def save(self, path: Path) -> None:
         """The `tokenizers` JSON format."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        self._inner.save(str(partial))
-        partial.replace(path)
+        snapshots.write_file(Path(path), self._inner.to_str(pretty=True).encode())
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
