@@ -34,6 +34,7 @@ function show(cell) {
     blend.lastElementChild.textContent = column;
     image.style.opacity = slider.value / 100;
   }
+  if (!image && base) stack.append(base.cloneNode(true)); // words and palettes are read beside their image
   blend.hidden = !blends;
   body.replaceChildren(...[stack, notes].filter((part) => part.children.length));
   if (!viewer.open) viewer.showModal();
@@ -65,6 +66,10 @@ viewer.addEventListener("keydown", (event) => {
   step(...move);
 });
 viewer.addEventListener("close", () => current?.querySelector(".open").focus());
+
+// Cells and legends that hold more than they show fade out at the bottom: all are measured before any is changed, for one layout.
+const clipped = [...document.querySelectorAll(".cell, .cell .legend")].filter((cell) => cell.scrollHeight > cell.clientHeight + 1);
+for (const cell of clipped) cell.classList.add("clipped");
 
 // Plots: the legend says the values under the pointer, and the last ones when it leaves.
 for (const plot of document.querySelectorAll(".plot")) {

@@ -123,8 +123,8 @@ class Page:
 def render(page: Page, *, thumb: int | None = None) -> str:
     """The page as one HTML file that asks the network for nothing.
 
-    Pictures are inlined at no more than `thumb` pixels a side; by default fewer pixels the more pictures there are, so
-    that a page of 900 stays under 15 MB.
+    Pictures are inlined at no more than `thumb` pixels a side; by default fewer pixels the more pictures there are: a page
+    of 900 photographs stays under 15 MB.
     """
     side = thumb or _thumb_side(page)
     if side < 1:
@@ -273,13 +273,13 @@ _CODE = re.compile(
 
 
 def _style(values: Sequence[str]) -> str:
-    """How to set a column of a table: "number" (right, tabular), "code" (monospace) or "" (text)."""
+    """How to set a column of a table: "number" (right, tabular), "code" (monospace), "short" (never broken) or ""."""
     if not any(values):
         return ""
     for style, pattern in (("code", _CODE), ("number", _NUMBER)):
         if all(pattern.fullmatch(value) for value in values):
             return style
-    return ""
+    return "short" if max(map(len, values)) <= 28 else ""
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
