@@ -123,8 +123,8 @@ class Page:
 def render(page: Page, *, thumb: int | None = None) -> str:
     """The page as one HTML file that asks the network for nothing.
 
-    Pictures are inlined at no more than `thumb` pixels a side; by default the more there are, the fewer pixels: a page of
-    900 photographs stays under 15 MB.
+    Pictures are inlined at no more than `thumb` pixels a side. By default, the more there are, the fewer pixels each
+    gets: a page of 900 photographs stays under 15 MB.
     """
     side = thumb or _thumb_side(page)
     if side < 1:
