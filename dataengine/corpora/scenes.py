@@ -60,6 +60,7 @@ UNDER_SKY: dict[str, tuple[str, ...]] = {
     "evening": ("under an evening sky", "at sunset"),
 }
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+SALT = 0x5CE7E5  # keeps scene n apart from whatever else is drawn from seed n
 MIN_SIZE = 8
 NAMED_SHARE = 0.002
 """A caption names exactly the things that cover at least this share of the image."""
@@ -159,7 +160,7 @@ def render(seed: int, size: int) -> Scene:
     """The scene of a seed at size x size pixels; another size shows the same world through the same camera."""
     if seed < 0 or size < MIN_SIZE:
         raise ValueError(f"a scene needs a seed of 0 or more and {MIN_SIZE} pixels or more, got {seed} and {size}")
-    rng = np.random.default_rng([seed, 0x5CE7E5])
+    rng = np.random.default_rng([seed, SALT])
     world = build(rng)
     rays = camera_rays(size)
     depth, seen = trace(world.parts, rays)
