@@ -21,7 +21,6 @@ COLOURS: dict[str, Colour] = {
     "pink": (0.95, 0.5, 0.7),
     "white": (0.93, 0.93, 0.93),
     "black": (0.1, 0.1, 0.12),
-    "silver": (0.68, 0.7, 0.72),
 }
 SKIN: tuple[Colour, ...] = ((0.95, 0.77, 0.64), (0.82, 0.6, 0.44), (0.58, 0.4, 0.28), (0.4, 0.26, 0.18))
 HAIR: tuple[Colour, ...] = ((0.1, 0.08, 0.07), (0.35, 0.2, 0.1), (0.75, 0.6, 0.3), (0.55, 0.25, 0.12))
@@ -97,13 +96,13 @@ class World:
 def _pick(rng: np.random.Generator, names: str) -> tuple[str, Colour]:
     options = names.split()
     name = options[rng.integers(len(options))]
-    red, green, blue = np.clip(np.array(COLOURS[name]) + rng.uniform(-0.05, 0.05, 3), 0.03, 1.0)
+    red, green, blue = np.clip(np.array(COLOURS[name]) + rng.uniform(-0.03, 0.03, 3), 0.03, 1.0)
     return name, (float(red), float(green), float(blue))
 
 
 def _person(rng: np.random.Generator) -> Thing:
     name, shirt = _pick(rng, "red orange yellow green blue purple pink white black")
-    _, trousers = _pick(rng, "blue black silver white green")
+    _, trousers = _pick(rng, "blue black white green")
     skin, hair = SKIN[rng.integers(len(SKIN))], HAIR[rng.integers(len(HAIR))]
     k, stride, swing = rng.uniform(0.85, 1.1), rng.uniform(0.0, 0.14), rng.uniform(-0.1, 0.1)
     shapes = [
@@ -124,7 +123,7 @@ def _scaled(values: tuple[float, float, float], k: float) -> tuple[float, float,
 
 
 def _car(rng: np.random.Generator) -> Thing:
-    name, body = _pick(rng, "red yellow blue white black silver green")
+    name, body = _pick(rng, "red yellow blue white black green")
     long, wide, high = rng.uniform(1.75, 2.15), rng.uniform(0.8, 0.9), rng.uniform(0.27, 0.33)
     middle = 0.25 + high
     roof = rng.uniform(0.24, 0.3)
@@ -168,7 +167,7 @@ def _suitcase(rng: np.random.Generator) -> Thing:
 
 
 def _refrigerator(rng: np.random.Generator) -> Thing:
-    name, shell = _pick(rng, "white white silver black red")
+    name, shell = _pick(rng, "white white black red")
     x, y, z = rng.uniform(0.34, 0.46), rng.uniform(0.8, 1.0), rng.uniform(0.32, 0.4)
     seam = (0.5, 0.5, 0.52) if name == "black" else (0.25, 0.25, 0.28)
     solid = Solid("box", (0, y, 0), (x, y, z), "two_doors", (shell, seam))
