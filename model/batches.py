@@ -137,6 +137,10 @@ class MapBatches:
         chosen = shuffled[place * self.batch_size : (place + 1) * self.batch_size]
         return self.domain.to_network([maps[j][int(rng.integers(len(maps[j])))] for j in chosen])
 
+    def first_crops(self) -> list[np.ndarray]:
+        """Every valid map under its first, central crop, in shard order."""
+        return [crops[0] for d, shard, _ in self._cells for crops in self._maps(d, shard)]
+
     @cached_property
     def _cells(self) -> list[tuple[int, int, int]]:
         """(dataset, shard, number of batches) of every committed cell with at least one valid map."""

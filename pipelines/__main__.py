@@ -2,83 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from dataengine.manifest import Conflict, Dataset, NotADataset
-from pipelines import run as running
-from pipelines.run import Runner, TooManyBad, console
-
-EXIT_CODES = """
-Exit codes: 0 all that was wanted is committed; 1 an unexpected error; 2 a wrong command, setting or input;
-3 more failures than --max-bad-fraction; 4 verify found something; 5 a conflict with what is committed already."""
-
-app = typer.Typer(
-    name="dataengine",
-    help="Label image corpora with specialist networks, tokenise the labels, train any-to-any models on the tokens.\n"
-    + EXIT_CODES,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-Root = Annotated[str, typer.Argument(help="Dataset root: a folder or any fsspec URL.")]
-Modalities = Annotated[
-    list[str] | None,
-    typer.Argument(help="Modalities to make, and settings as labeler.field=value (sam.points_per_side=16)."),
-]
-Settings = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: field=value, loop.steps=100.")]
-RunnerOption = Annotated[
-    Runner, typer.Option(help="ray: on the Ray cluster of RAY_ADDRESS or of this machine; local: in this process.")
-]
-Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one core (and one GPU, if any) each.")]
-Bad = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Fail when a larger fraction is refused or cannot be labelled.")
-]
-Recipe = Annotated[
-    str | None, typer.Option(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
-
-
-def _exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors a user can cause into one message and an exit code that says which kind it was."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except TooManyBad as error:
-            _fail(error, 3)
-        except Conflict as error:
-            _fail(error, 5)
-        except (NotADataset, ValueError, FileNotFoundError) as error:
-            _fail(error, 2)
-
-    return wrapped
-
-
-def _fail(error: Exception, code: int) -> None:
-    console.print(f"error: {error}", style="red", markup=False, highlight=False)
-    raise typer.Exit(code)
-
-
-def _say(value: Any, as_json: bool, line: str) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(value, default=str) + "\n")
-    else:
-        console.print(line, markup=False, highlight=False)
+from dataengine.manifest import Dataset
+from pipelines import running
+from pipelines.cli import Bad, Json, Modalities, Recipe, Root, RunnerOption, Workers, app, exits, say
+from pipelines.running import console
 
 
 @app.command()
-@_exits
+@exits
 def ingest(
     corpus: Annotated[str, typer.Argument(help="folder:PATH, webdataset:URL, parquet:URL, hf:NAME or scenes:COUNT.")],
     root: Root,
@@ -116,15 +52,15 @@ def ingest(
         max_bad_fraction=max_bad_fraction,
     )
     shards = dataset.plan.num_shards
-    _say(
+    say(
         {**summary.as_json(), "shards": shards},
         as_json,
-        f"ingested {summary.num_samples} images, refused {summary.num_refused}; {len(tasks)} of {shards} shards were to do",
+        f"ingested {summary.num_samples} images, refused {summary.num_refused}: {len(tasks)} of {shards} shards to do",
     )
 
 
 @app.command()
-@_exits
+@exits
 def plan(
     root: Root, modalities: Modalities = None, recipe: Recipe = None, workers: Workers = 2, as_json: Json = False
 ) -> None:
@@ -137,7 +73,7 @@ def plan(
     lines = estimate.estimate(dataset, made)
     hours = sum(line.seconds for line in lines) / workers / 3600
     if as_json:
-        _say(
+        say(
             {"cells": made.num_cells, "done": made.num_done, "hours": hours, "labelers": [vars(x) for x in lines]},
             True,
             "",
@@ -154,7 +90,7 @@ def plan(
 
 
 @app.command()
-@_exits
+@exits
 def label(
     root: Root,
     modalities: Modalities = None,
@@ -189,7 +125,7 @@ def label(
         recipe=[x.identity() for x in made.labelers],
     )
     failed = sum(summary.invalid.values())
-    _say(
+    say(
         {**summary.as_json(), "already_committed": made.num_done},
         as_json,
         f"committed {made.num_cells} cells, {made.num_done} were committed already; {failed} labels failed",
@@ -203,7 +139,7 @@ def _split(arguments: list[str] | None) -> tuple[list[str], list[str]]:
 
 
 @app.command()
-@_exits
+@exits
 def status(root: Root, as_json: Json = False) -> None:
     """What is committed, by modality: shards, labels that failed, bytes, and who made it."""
     from pipelines import look
@@ -211,7 +147,7 @@ def status(root: Root, as_json: Json = False) -> None:
     dataset = Dataset(root)
     rows = look.status(dataset)
     if as_json:
-        _say([vars(r) for r in rows], True, "")
+        say([vars(r) for r in rows], True, "")
         return
     table = Table("modality", "shards", "samples", "failed", "MB", "made by", title=dataset.store.url)
     for r in rows:
@@ -222,7 +158,7 @@ def status(root: Root, as_json: Json = False) -> None:
 
 
 @app.command()
-@_exits
+@exits
 def verify(root: Root, as_json: Json = False) -> None:
     """Re-read everything: hashes, alignment, decodability, the schema of each modality, crops in range."""
     from rich.progress import track
@@ -236,13 +172,13 @@ def verify(root: Root, as_json: Json = False) -> None:
     problems = validate.verify(dataset, lambda modality, shard: (next(steps, None), None)[1])
     for p in problems:
         console.print(f"{p.file} {p.key}: {p.problem}", markup=False)
-    _say([vars(p) for p in problems], as_json, f"{cells} cells read, {len(problems)} problems")
+    say([vars(p) for p in problems], as_json, f"{cells} cells read, {len(problems)} problems")
     if problems:
         raise typer.Exit(4)
 
 
 @app.command()
-@_exits
+@exits
 def gc(
     root: Root,
     delete: Annotated[bool, typer.Option(help="Delete them; without it they are only listed.")] = False,
@@ -257,11 +193,11 @@ def gc(
             console.print(path, markup=False)
         if delete:
             dataset.store.remove(path)
-    _say(orphans, as_json, f"{len(orphans)} orphans {'deleted' if delete else 'found'}")
+    say(orphans, as_json, f"{len(orphans)} orphans {'deleted' if delete else 'found'}")
 
 
 @app.command()
-@_exits
+@exits
 def retry(
     root: Root,
     modalities: Modalities = None,
@@ -288,7 +224,7 @@ def retry(
 
 
 @app.command()
-@_exits
+@exits
 def inspect(
     root: Root,
     out: Annotated[str, typer.Option(help="The HTML file to write.")] = "inspect.html",
@@ -306,14 +242,14 @@ def inspect(
 
 
 @app.command()
-@_exits
+@exits
 def doctor(as_json: Json = False) -> None:
     """What this machine can run: Ray, GPUs, weights found, licences, rival packages."""
     from pipelines import doctor as doctors
 
     report = doctors.examine()
     if as_json:
-        _say(report, True, "")
+        say(report, True, "")
         return
     for section, rows in report.items():
         table = Table("what", "finding", title=section)
@@ -324,9 +260,8 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    from pipelines import commands
+    from pipelines import commands  # noqa: F401  the second half of the commands registers itself
 
-    commands.add(app)
     app()
 
 

@@ -41,7 +41,7 @@ def load(name: str, kind: type[C]) -> C:
 
 
 def override(config: C, assignments: Sequence[str]) -> C:
-    """The configuration with `path.to.field=value` applied, values read as YAML and checked against the field's type."""
+    """The configuration with `path.to.field=value` applied; values are YAML, checked against the field's type."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -71,3 +71,24 @@ def resolved(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values, for the record."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return {"kind": type(config).__name__, **values}
+
+
+def with_paths(config: C, old: str, new: str) -> C:
+    """The configuration with every text that starts with the folder `old` moved to `new`."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        moved = _moved(value, old, new)
+        if moved != value:
+            changes[f.name] = moved
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, str):
+        return new + value.removeprefix(old) if value.startswith(old) else value
+    if isinstance(value, tuple):
+        return tuple(_moved(v, old, new) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return with_paths(value, old, new)
+    return value

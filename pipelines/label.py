@@ -10,6 +10,7 @@ from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.plan import LabelPlan, plan_labels
 from pipelines import config
+from pipelines.pack import CELL, is_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,20 @@ def plan(
             raise ValueError(
                 f"nothing makes {m!r}{plugins.nearest(m, known)}; there are labelers for: {', '.join(known)}"
             )
-    available = {*dataset.modalities(), *wanted}
-    return plan_labels(dataset, wanted, [labeler.adapted(available) for labeler in candidates])
+    return plan_labels(
+        dataset, wanted, [labeler.adapted(_meaningful(dataset, wanted, candidates)) for labeler in candidates]
+    )
+
+
+def _meaningful(dataset: Dataset, wanted: Sequence[str], candidates: Sequence[Labeler]) -> set[str]:
+    """The modalities that exist or will, without those of random weights: an optional input must mean something."""
+    there = {m for m in dataset.modalities() if m != CELL and not is_random(dataset, m)}
+    for m in wanted:
+        maker = next((c for c in candidates if m in c.emits), None)
+        weights = None if maker is None else maker.weights()
+        if maker is not None and (weights is None or not weights.random):
+            there.add(m)
+    return there
 
 
 def _set(labelers: Sequence[Labeler], settings: Sequence[str]) -> list[Labeler]:

@@ -1,0 +1,133 @@
+"""The commands after labelling: tokenise, pack, train, generate, evaluate, and the demo that does it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dataengine.manifest import Dataset
+from pipelines import config, running
+from pipelines.cli import Bad, Json, Modalities, Root, RunnerOption, Settings, Workers, app, exits, say
+from pipelines.running import console
+
+Name = Annotated[str, typer.Argument(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")]
+
+
+@app.command()
+@exits
+def tokenize(
+    root: Root,
+    modalities: Modalities = None,
+    tokenizers: Annotated[str, typer.Option(help="Folder of <modality>.safetensors files.")] = "tokenizers",
+    runner: RunnerOption = "ray",
+    workers: Workers = 2,
+    max_bad_fraction: Bad = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Tokenise map labels: one tok_<modality>@<side> column for each tokenizer, every crop a row."""
+    from dataengine.plan import plan_labels
+    from pipelines.tokenize import labelers
+
+    dataset = Dataset(root)
+    made = labelers(tokenizers, modalities or [])
+    plan = plan_labels(dataset, [m for t in made for m in t.emits], made)
+    summary = running.execute(
+        dataset,
+        plan.group(dataset.store.url),
+        plan.tasks,
+        what="tokenize",
+        runner=runner,
+        workers=workers,
+        device="cpu",
+        max_bad_fraction=max_bad_fraction,
+    )
+    say(
+        {**summary.as_json(), "already_committed": plan.num_done},
+        as_json,
+        f"committed {plan.num_cells} token cells, {plan.num_done} were committed already",
+    )
+
+
+@app.command()
+@exits
+def pack(
+    root: Root,
+    text_tokenizer: Annotated[str, typer.Option(help="The WordPiece JSON file.")] = "tokenizers/text.json",
+    pixels: Annotated[int, typer.Option(min=0, help="Side of the images packed beside the tokens; 0 for none.")] = 0,
+    runner: RunnerOption = "local",
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Pack the token and text columns of each shard into one Arrow file that a trainer memory-maps."""
+    from pipelines.pack import prepare
+
+    dataset = Dataset(root)
+    worker, tasks = prepare(dataset, text_tokenizer, pixels)
+    summary = running.execute(
+        dataset, worker, tasks, what="pack", runner=runner, workers=workers, device="cpu", max_bad_fraction=0.0
+    )
+    say(
+        {**summary.as_json(), "columns": [c.name for c in worker.columns]},
+        as_json,
+        f"packed {len(tasks)} shards: {', '.join(c.name for c in worker.columns)}",
+    )
+
+
+@app.command(name="train-tokenizer")
+@exits
+def train_tokenizer(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
+    """Train the tokenizer of a recipe; run it again to resume."""
+    from pipelines.train_tokenizer import TrainTokenizer, tokenizer_file, train
+
+    run = config.override(config.load(recipe, TrainTokenizer), settings or [])
+    result = train(run)
+    say(
+        {"file": str(tokenizer_file(run)), "steps": result.steps, **result.metrics},
+        as_json,
+        f"{tokenizer_file(run)}: {result.steps} steps, {result.metrics}",
+    )
+
+
+@app.command()
+@exits
+def train(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
+    """Train the FourM of a recipe on packed shards; run it again to resume."""
+    from pipelines import train as training
+
+    run = config.override(config.load(recipe, training.TrainFourM), settings or [])
+    result = training.train(run)
+    say({"out": run.out, "steps": result.steps, **result.metrics}, as_json, f"{run.out}: {result.steps} steps")
+
+
+@app.command()
+@exits
+def generate(recipe: Name, settings: Settings = None) -> None:
+    """Generate modalities from others as a recipe says, and write a page of input, prediction and truth."""
+    from pipelines import generate as generation
+
+    run = config.override(config.load(recipe, generation.Generate), settings or [])
+    console.print(f"wrote {generation.write_page(run)}")
+
+
+@app.command()
+@exits
+def evaluate(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
+    """Score a model's predictions from RGB alone against the truth and the best constant predictor."""
+    from pipelines import evaluate as evaluation
+
+    run = config.override(config.load(recipe, evaluation.Evaluate), settings or [])
+    scores, _ = evaluation.evaluate(run)
+    for s in scores:
+        line = f"{s.modality}: {s.metric} {s.model:.4f}, constant {s.constant:.4f}, ratio {s.ratio:.3f}"
+        say(vars(s) | {"ratio": s.ratio}, as_json, line)
+
+
+@app.command()
+@exits
+def demo(out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("out/demo")) -> None:
+    """The whole path on photographs and rendered scenes: labels, tokens, a nano model, its predictions, one page."""
+    from pipelines import demo as whole
+
+    whole.run(out)

@@ -1,0 +1,227 @@
+"""The whole path in one run: photographs and scenes to labels, tokens, a nano any-to-any model, and a page to look at.
+
+Every stage is the one its command runs; each finds its own work done the second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dataengine.ingest import IngestSettings, prepare
+from dataengine.labeler import Labeler
+from dataengine.manifest import Dataset
+from dataengine.plan import plan_labels
+from pipelines import config, label, pack, photos, running
+from pipelines.recipes import _scenes
+from pipelines.running import Runner, console
+
+SCENES, HELDOUT = 4000, 200
+SCENE_LABELS = ("canny_edge", "color_palette", "metadata")
+TOKENIZERS = ("depth", "normal", "semseg", "rgb", "canny_edge")
+PHOTO_MAPS = ("rgb", "canny_edge")
+TEXT_VOCABULARY = 6000
+
+C = TypeVar("C")
+
+
+def run(out: Path, runner: Runner = "ray", workers: int = 2) -> None:
+    """Do what is not done yet under `out`, and print where to look."""
+    clock = _Clock(out / "seconds.json")
+    photo, scenes, heldout = (Dataset(out / name) for name in ("photos", "scenes", "scenes_heldout"))
+    with clock("photographs: ingest and label"):
+        count = photos.write(out / "corpus" / "photos")
+        _ingest(photo, f"folder:{out}/corpus/photos", 8, runner, workers)
+        _label_photos(photo, out, runner, workers)
+    with clock("scenes: render and label"):
+        _ingest(scenes, f"scenes:{SCENES}?size={_scenes.SIDE}&seed=0", 250, runner, workers)
+        _ingest(heldout, f"scenes:{HELDOUT}?size={_scenes.SIDE}&seed=1", 100, runner, workers)
+        for dataset in (scenes, heldout):
+            _label(dataset, SCENE_LABELS, label.default_labelers(), runner, workers)
+    with clock("tokenizers: train"):
+        _train_text((photo, scenes), out / "tokenizers" / "text.json")
+        for modality in TOKENIZERS:
+            _train_tokenizer(modality, out)
+    with clock("tokens: write and pack"):
+        for dataset, modalities in ((photo, PHOTO_MAPS), (scenes, TOKENIZERS), (heldout, TOKENIZERS)):
+            _tokenize(dataset, modalities, out / "tokenizers", runner, workers)
+            _pack(dataset, out / "tokenizers" / "text.json", workers)
+    with clock("model: train"):
+        _train_model(out)
+    with clock("model: evaluate, generate, draw"):
+        metrics = _look(out, photo, scenes, heldout)
+    clock.save()
+    _summary(out, count, metrics, clock)
+
+
+class _Clock:
+    """Seconds of work a stage took, over all runs: a stage that was interrupted counts all its parts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.stages: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.now = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        console.rule(stage, align="left")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self.now += spent
+            # A stage that found its work done takes no part in what the work took.
+            if spent > 5 or stage not in self.stages:
+                self.stages[stage] = self.stages.get(stage, 0.0) + spent
+            self.save()
+
+    def save(self) -> None:
+        """Keep the seconds for the next run."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({k: round(v, 1) for k, v in self.stages.items()}, indent=1) + "\n")
+
+
+def _ingest(dataset: Dataset, corpus: str, shard_size: int, runner: Runner, workers: int) -> None:
+    worker, tasks = prepare(dataset, corpus, IngestSettings(shard_size=shard_size))
+    running.execute(
+        dataset, worker, tasks, what="ingest", runner=runner, workers=workers, device="cpu", max_bad_fraction=0.0
+    )
+
+
+def _label_photos(dataset: Dataset, out: Path, runner: Runner, workers: int) -> None:
+    from pipelines.recipes import photo_labels
+
+    recipe = photo_labels.labels(out / "random_weights")
+    wanted = [m for labeler in recipe.labelers for m in labeler.emits]
+    made = label.plan(dataset, wanted, recipe)
+    for labeler in made.labelers:
+        weights = labeler.weights()
+        if made.tasks and weights is not None and weights.random:
+            console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")
+    _execute(dataset, made, "label", runner, workers)
+
+
+def _label(
+    dataset: Dataset,
+    wanted: Sequence[str],
+    labelers: Sequence[Labeler],
+    runner: Runner,
+    workers: int,
+    what: str = "label",
+) -> None:
+    available = {*dataset.plan.ingested, *wanted}
+    _execute(dataset, plan_labels(dataset, wanted, [x.adapted(available) for x in labelers]), what, runner, workers)
+
+
+def _execute(dataset: Dataset, plan: Any, what: str, runner: Runner, workers: int) -> None:
+    group = plan.group(dataset.store.url)
+    running.execute(
+        dataset, group, plan.tasks, what=what, runner=runner, workers=workers, device="cpu", max_bad_fraction=0.05
+    )
+
+
+def _train_text(datasets: Sequence[Dataset], path: Path) -> None:
+    """WordPiece on every caption of the datasets; its special ids cover boxes, palettes and metadata."""
+    if path.exists():
+        return
+    from dataengine import modalities
+    from model.tokenizers import text
+
+    codec = modalities.load("caption")
+    captions = (
+        caption
+        for dataset in datasets
+        for shard in dataset.committed("caption")
+        for member in dataset.read("caption", shard)
+        for caption in codec.decode(member.data)
+    )
+    made = text.train(captions, TEXT_VOCABULARY, path)
+    console.print(f"text tokenizer: {made.vocab_size} ids")
+
+
+def _rooted(recipe: C, out: Path) -> C:
+    """A recipe of the demo with its paths under another folder."""
+    return config.with_paths(recipe, _scenes.OUT, str(out))
+
+
+def _train_tokenizer(modality: str, out: Path) -> None:
+    from pipelines import train_tokenizer
+
+    recipe = _rooted(config.load(f"scenes_{modality}", train_tokenizer.TrainTokenizer), out)
+    if train_tokenizer.tokenizer_file(recipe).exists():
+        return
+    result = train_tokenizer.train(recipe)
+    console.print(
+        f"{modality} tokenizer: {result.steps} steps, loss {result.metrics['loss']:.4f}, {result.seconds:.0f} s"
+    )
+
+
+def _tokenize(dataset: Dataset, modalities: Sequence[str], folder: Path, runner: Runner, workers: int) -> None:
+    from pipelines.tokenize import labelers
+
+    made = labelers(folder, modalities)
+    wanted = [m for tokenizer in made for m in tokenizer.emits]
+    _label(dataset, wanted, made, runner, workers, what="tokenize")
+
+
+def _pack(dataset: Dataset, text_tokenizer: Path, workers: int) -> None:
+    worker, tasks = pack.prepare(dataset, str(text_tokenizer), _scenes.SIDE)
+    running.execute(
+        dataset, worker, tasks, what="pack", runner="local", workers=workers, device="cpu", max_bad_fraction=0.0
+    )
+
+
+def _train_model(out: Path) -> None:
+    if (out / "fourm" / "model" / "model.safetensors").exists():
+        return
+    from pipelines import train
+
+    recipe = _rooted(config.load("nano", train.TrainFourM), out)
+    result = train.train(recipe)
+    console.print(f"nano model: {result.steps} steps, loss {result.metrics['loss']:.3f}, {result.seconds:.0f} s")
+
+
+def _look(out: Path, photo: Dataset, scenes: Dataset, heldout: Dataset) -> dict[str, Any]:
+    """Scores and the page; both are kept while the model, the tokens and the labels they show stay the same."""
+    path = out / "metrics.json"
+    shown = hashlib.sha256((out / "fourm" / "model" / "model.safetensors").read_bytes())
+    for dataset in (photo, scenes, heldout):
+        for m in dataset.modalities():
+            records = [dataset.commit(m, s) for s in dataset.committed(m)]
+            shown.update("".join(r.sha256 for r in records if r is not None).encode())
+    if path.exists() and (out / "index.html").exists():
+        known: dict[str, Any] = json.loads(path.read_text())
+        if known["identity"] == shown.hexdigest():
+            return known
+    from pipelines import demo_page, evaluate
+
+    recipe = _rooted(config.load("nano_evaluate", evaluate.Evaluate), out)
+    scores, maps = evaluate.evaluate(replace(recipe, samples=HELDOUT))
+    metrics = {
+        "identity": shown.hexdigest(),
+        "samples": scores[0].num_samples,
+        "scores": {s.modality: {**vars(s), "ratio": s.ratio} for s in scores},
+    }
+    demo_page.write(out, photo, scenes, heldout, scores, maps)
+    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def _summary(out: Path, num_photos: int, metrics: dict[str, Any], clock: _Clock) -> None:
+    console.rule("done", align="left")
+    console.print(f"{num_photos} photographs, {SCENES} training scenes, {metrics['samples']} scenes never seen")
+    for name, s in metrics["scores"].items():
+        console.print(
+            f"{name:>8}: {s['metric']} {s['model']:.3f} from RGB alone, best constant {s['constant']:.3f}, "
+            f"ratio {s['ratio']:.2f} (tokenizer alone {s['tokenizer']:.3f})"
+        )
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in clock.stages.items())
+    console.print(f"work: {spent}; this run {clock.now:.0f} s")
+    console.print(f"look at {out / 'index.html'}")

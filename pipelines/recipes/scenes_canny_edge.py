@@ -1,0 +1,12 @@
+"""The demo's canny_edge tokenizer: `dataengine train-tokenizer scenes_canny_edge`, about a minute on two cores."""
+
+from __future__ import annotations
+
+from model.tokenizers import domains
+from pipelines.recipes._scenes import tokenizer
+from pipelines.train_tokenizer import TrainTokenizer
+
+
+def recipe() -> TrainTokenizer:
+    """Canny edges."""
+    return tokenizer("canny_edge", domains.Edges(), channels=1, codes=1024, steps=500)

@@ -1,0 +1,12 @@
+"""The demo's normal tokenizer: `dataengine train-tokenizer scenes_normal`, about a minute on two cores."""
+
+from __future__ import annotations
+
+from model.tokenizers import domains
+from pipelines.recipes._scenes import tokenizer
+from pipelines.train_tokenizer import TrainTokenizer
+
+
+def recipe() -> TrainTokenizer:
+    """Surface normals."""
+    return tokenizer("normal", domains.Normal(), channels=3, codes=512, steps=400)

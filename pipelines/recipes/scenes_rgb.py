@@ -1,0 +1,12 @@
+"""The demo's rgb tokenizer: `dataengine train-tokenizer scenes_rgb`, about a minute on two cores."""
+
+from __future__ import annotations
+
+from model.tokenizers import domains
+from pipelines.recipes._scenes import tokenizer
+from pipelines.train_tokenizer import TrainTokenizer
+
+
+def recipe() -> TrainTokenizer:
+    """Images."""
+    return tokenizer("rgb", domains.Rgb(), channels=3, codes=1024, steps=500)
