@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dataengine.labeler import Labeler, Loaded
@@ -33,34 +33,41 @@ KINDS: dict[str, tuple[str, Callable[[Any], int | float]]] = {
 }
 """Each kind of ml-4m's metadata, in its order there: the modality it needs, and the function of that one's value."""
 
+SOURCES = tuple(dict.fromkeys(source for source, _ in KINDS.values()))
+"""The modalities that any kind needs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata(Labeler):
     """A flat dict of numbers by ml-4m's metadata keys: the kinds whose modality is among `from_modalities`.
 
-    Counts and sizes are ints, the other kinds floats in the units that `labelers/_statistics.py` states. A setting, and
-    not what happens to lie there, decides the kinds, so that all samples of a dataset have the same.
+    Counts and sizes are ints, the other kinds floats in the units that `labelers/_statistics.py` states. Without the
+    setting it is rgb and caption, until a plan adapts it to all that exist: the kinds are the same for all samples.
     """
 
     emits = ("metadata",)
     batch_size = 32
 
-    from_modalities: tuple[str, ...] = ("rgb", "caption")
+    from_modalities: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        known = sorted({modality for modality, _ in KINDS.values()})
-        unknown = [name for name in self.from_modalities if name not in known]
-        if unknown or not self.from_modalities:
-            raise ValueError(f"metadata: expected some of {known}, got {list(self.from_modalities)}")
+        if not self.inputs or not set(self.inputs) <= set(SOURCES):
+            raise ValueError(f"metadata: expected some of {list(SOURCES)}, got {list(self.inputs)}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The modalities that the setting names."""
-        return self.from_modalities
+        """The modalities that the setting names, or rgb and caption."""
+        return ("rgb", "caption") if self.from_modalities is None else self.from_modalities
+
+    def adapted(self, available: Collection[str]) -> Metadata:
+        """With every kind that the available modalities allow; a setting of one's own stays."""
+        if self.from_modalities is not None:
+            return self
+        return replace(self, from_modalities=tuple(name for name in SOURCES if name == "rgb" or name in available))
 
     def load(self, device: str) -> Loaded:
         """Nothing to load; the device is not used."""
-        wanted = {kind: entry for kind, entry in KINDS.items() if entry[0] in self.from_modalities}
+        wanted = {kind: entry for kind, entry in KINDS.items() if entry[0] in self.inputs}
 
         def label(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             return [

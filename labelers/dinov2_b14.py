@@ -1,0 +1,130 @@
+"""Dense and global DINOv2 features (Oquab et al. 2023), by timm's vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataengine import weights
+from dataengine.labeler import Labeler, Loaded
+from dataengine.sample import Sample
+from dataengine.weights import Weights
+from labelers import _checkpoints, _images
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor
+
+HEAD_WIDTH = 64
+OFFSET = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoV2(Labeler):
+    """The normalised patch tokens and class token of DINOv2: float16 (rows, cols, channels) and (channels,).
+
+    (16, 16, 768) and (768,) for ViT-B/14 at `side` 224 pixels. The whole image is squeezed to that square, see
+    `labelers/_images.py`. The checkpoint has the names of the published one; the architecture is read off it.
+    """
+
+    inputs = ("rgb",)
+    emits = ("DINOv2-B14", "DINOv2-B14-global")
+    batch_size = 32
+    gpus = 0.1
+
+    checkpoint: str = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
+    side: int = 224
+
+    def weights(self) -> Weights:
+        """The published weights, Apache-2.0."""
+        return weights.describe(self.checkpoint, licence="Apache-2.0")
+
+    def load(self, device: str) -> Loaded:
+        """Read the network, fit its positions to `side`, and put it on the device."""
+        import torch
+
+        trunk = network(_checkpoints.read(weights.resolve(self.checkpoint)), self.side)
+        trunk.to(device)
+
+        def label(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+            with torch.inference_mode():
+                tokens = trunk.forward_features(_images.square_batch(samples, self.side, _images.IMAGENET, device))
+                dense, cls = _images.grid(tokens[:, 1:]), tokens[:, 0].half().cpu().numpy()
+            return [{"DINOv2-B14": d, "DINOv2-B14-global": c} for d, c in zip(dense, cls, strict=True)]
+
+        return label
+
+    def tiny(self, folder: Path) -> DinoV2:
+        """Two random blocks of width 16, published for 5 x 5 patches, in the format of the published checkpoint."""
+        import torch
+
+        state = _checkpoints.randomised(_build(width=16, depth=2, mlp=64, patch=14, side=70).state_dict(), seed=0)
+        state["mask_token"] = torch.zeros(1, 16)
+        file = folder / "dinov2_b14.pth"
+        torch.save(state, file)
+        weights.mark_random(file, seed=0)
+        return replace(self, checkpoint=str(file))
+
+
+def network(state: Mapping[str, Tensor], side: int) -> VisionTransformer:
+    """The network whose tensors these are, for square inputs of `side` pixels; float32, on the CPU."""
+    if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
+        raise ValueError("dinov2_b14: expected a checkpoint without registers and SwiGLU (ViT-S, B or L)")
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    if side % patch:
+        raise ValueError(f"dinov2_b14: expected a side that is a multiple of the patch of {patch} pixels, got {side}")
+    trunk = _build(
+        width=width,
+        depth=_checkpoints.count(state, "blocks."),
+        mlp=state["blocks.0.mlp.fc1.weight"].shape[0],
+        patch=patch,
+        side=side,
+    )
+    kept = {name: value for name, value in state.items() if name != "mask_token"}
+    trunk.load_state_dict(kept | {"pos_embed": positions(state["pos_embed"], side // patch)})
+    return trunk
+
+
+def positions(published: Tensor, size: int) -> Tensor:
+    """Position embeddings (1, 1 + n * n, c) for `size` x `size` patches, as the reference interpolates them.
+
+    Bicubic by the factor (size + 0.1) / n, not to the size: libraries that resize to the size differ by one per cent in
+    the features (facebookresearch/dinov2, interpolate_offset = 0.1).
+    """
+    from torch.nn import functional as F
+
+    cls, patches = published[:, :1], published[:, 1:].float()
+    n = round(patches.shape[1] ** 0.5)
+    if n == size:
+        return published
+    square = patches.reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    factor = (size + OFFSET) / n
+    square = F.interpolate(square, scale_factor=(factor, factor), mode="bicubic", antialias=False)
+    if square.shape[-2:] != (size, size):
+        raise ValueError(f"dinov2_b14: positions of {n} x {n} gave {tuple(square.shape[-2:])}, expected {size}")
+    return _cat(cls, square.permute(0, 2, 3, 1).reshape(1, size * size, -1))
+
+
+def _cat(cls: Tensor, patches: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([cls.float(), patches], dim=1)
+
+
+def _build(*, width: int, depth: int, mlp: int, patch: int, side: int) -> VisionTransformer:
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = VisionTransformer(
+        img_size=side,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=max(width // HEAD_WIDTH, 1),
+        mlp_ratio=mlp / width,
+        init_values=1.0,
+        num_classes=0,
+        global_pool="token",
+    )
+    return trunk.eval().requires_grad_(False)
