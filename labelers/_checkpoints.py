@@ -54,16 +54,16 @@ def count(state: Mapping[str, Tensor], prefix: str) -> int:
 def randomised(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     """Seeded random tensors of the same names and shapes, scaled so that activations keep their size.
 
-    Matrices are normal with variance scale^2 / fan-in; vectors stay as they were, so that norms remain norms.
+    Matrices are normal with variance scale^2 / fan-in; vectors that multiply are near 1, vectors that add near 0.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, value in sorted(state.items()):
-        if value.ndim < 2 or not value.is_floating_point():
-            out[name] = value.detach().clone()
+        noise = torch.randn(value.shape, generator=generator)
+        if value.ndim < 2:
+            out[name] = 0.1 * noise + float(name.endswith(("weight", "gamma")))
         else:
-            noise = torch.randn(value.shape, generator=generator)
-            out[name] = noise * (scale / max(value[0].numel(), 1) ** 0.5)
+            out[name] = noise * (scale / value[0].numel() ** 0.5)
     return out

@@ -136,7 +136,9 @@ def random_state(seed: int) -> dict[str, Tensor]:
         decoder_mlp=32,
         iou_width=16,
     )
-    return _checkpoints.randomised(build(shape).state_dict(), seed, scale=4.0)
+    state = _checkpoints.randomised(build(shape).state_dict(), seed, scale=3.0)
+    last = f"mask_decoder.iou_prediction_head.layers.{shape.iou_depth - 1}."
+    return state | {last + "weight": state[last + "weight"] * 0.002, last + "bias": state[last + "bias"] + 0.5}
 
 
 def records(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

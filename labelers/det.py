@@ -22,10 +22,10 @@ what is taken for one (towers, trees, a sleeve) stays below 0.75; 0.6, from whic
 class OpenCvDetector(Labeler):
     """Upright whole persons by HOG and a linear SVM (Dalal and Triggs 2005), as `{"instances": [...]}`.
 
-    Each has `boxes` [x0, y0, x1, y1] in 0..1 of the image, `class_name` (always "person") and `score` (a monotone map of
-    the margin of the SVM, see `MIDDLE`; not a probability); the best score is first. It is the offline default: it sees
-    persons of at least `96 / upscale` pixels of height and misses sitting, cut and crowded ones. Faces are not reported:
-    a face box is no person box, and a person box must not be invented from it.
+    Each has `boxes` [x0, y0, x1, y1] in 0..1 of the image, `class_name` (always "person") and `score` (a monotone map
+    of the margin of the SVM, see `MIDDLE`; not a probability); the best score is first. It is the offline default: it
+    sees persons of at least `96 / upscale` pixels of height and misses sitting, cut and crowded ones. Faces are not
+    reported: a face box is no person box, and a person box must not be invented from it.
     """
 
     inputs = ("rgb",)

@@ -47,9 +47,8 @@ class Sam(Labeler):
 
     def __post_init__(self) -> None:
         if self.points_per_side < 1 or self.points_per_batch < 1:
-            raise ValueError(
-                f"sam: expected points, got {self.points_per_side} a side, {self.points_per_batch} a batch"
-            )
+            points = f"{self.points_per_side} a side and {self.points_per_batch} a batch"
+            raise ValueError(f"sam: expected at least one point, got {points}")
 
     def weights(self) -> Weights:
         """The published weights, Apache-2.0."""
@@ -91,8 +90,8 @@ class Sam(Labeler):
         import torch
 
         file = folder / "sam.pth"
-        torch.save(_sam.random_state(seed=0), file)
-        weights.mark_random(file, seed=0)
+        torch.save(_sam.random_state(seed=2), file)
+        weights.mark_random(file, seed=2)
         return replace(
             self,
             checkpoint=str(file),
@@ -100,4 +99,5 @@ class Sam(Labeler):
             pred_iou_thresh=0.0,
             stability_score_thresh=0.3,
             stability_score_offset=0.05,
+            box_nms_thresh=0.9,
         )
