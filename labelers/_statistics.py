@@ -21,8 +21,7 @@ WALKABLE = (87, 90, 97, 100, 102, 105, 106, 122, 123, 125, 126, 132)
 """COCO panoptic ids that one can walk on: floor-wood, gravel, playingfield, road, sand, snow, stairs, floor, pavement,
 grass, dirt, rug (4M-21, D.1)."""
 
-UNCOUNTABLE = (87, 90, 96, 97, 98, 99, 100, 101, 102, 103, 105, 106, 109, 110, 111, 112, 113, 117, 118, 119, 122, 123)
-UNCOUNTABLE += (124, 125, 126, 129, 131, 132)
+UNCOUNTABLE = (87, 90, *range(96, 104), 105, 106, *range(109, 114), *range(117, 120), *range(122, 127), 129, 131, 132)
 """COCO panoptic ids that are surroundings and not objects: floors, walls, ground, sky, water, mountain (4M-21, D.1)."""
 
 UNLABELLED = 255
@@ -151,7 +150,8 @@ def geometric_complexity(normal: np.ndarray) -> float:
 
     4M-21 says "angular variance" of the normals on the unit sphere and gives the range 0..0.75.
     """
-    return float(1.0 - min(np.linalg.norm(normal.reshape(-1, 3).mean(axis=0, dtype=np.float64)), 1.0))
+    mean = normal.reshape(-1, 3).mean(axis=0, dtype=np.float64)
+    return 1.0 - min(float(np.linalg.norm(mean)), 1.0)
 
 
 def occlusion_score(depth: np.ndarray) -> float:
@@ -164,9 +164,9 @@ def occlusion_score(depth: np.ndarray) -> float:
     scale = DEPTH_SIDE / min(height, width)
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     small = cv2.resize(depth, (round(width * scale), round(height * scale)), interpolation=how).astype(np.float64)
-    extent = small.max() - small.min()
-    if extent == 0:
+    near, far = float(small.min()), float(small.max())
+    if near == far:
         return 0.0
-    small = (small - small.min()) / extent
+    small = (small - near) / (far - near)
     gradient = np.hypot(cv2.Sobel(small, cv2.CV_64F, 1, 0, ksize=3), cv2.Sobel(small, cv2.CV_64F, 0, 1, ksize=3))
     return float((gradient > MAX_GRADIENT).mean())
