@@ -126,7 +126,7 @@ class FourM(nn.Module):
             if config.share_modality_embeddings:
                 for name in self.encoder_embeddings.keys() & self.decoder_embeddings.keys():
                     self.decoder_embeddings[name].mod_emb = self.encoder_embeddings[name].mod_emb
-            block = {
+            block: dict[str, Any] = {
                 "dim": dim, "num_heads": config.num_heads, "hidden": int(dim * config.mlp_ratio), "act": config.act,
                 "gated": config.gated_mlp, "qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias,
                 "proj_bias": config.proj_bias, "mlp_bias": config.mlp_bias, "norm_bias": config.norm_bias,

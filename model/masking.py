@@ -174,7 +174,7 @@ def mask_sample(
                 decoder.append((ids_out[:-1], ids_out[1:], pos_out, m))
         if spec.kind in ("pixels", "embeddings") and len(encoder[-1][0]):
             dense[spec.name] = sample[spec.name]
-    rng.shuffle(decoder)  # type: ignore[arg-type]
+    rng.shuffle(decoder)
     return _flatten(encoder, decoder, dense, specs)
 
 
@@ -203,7 +203,8 @@ def collate(
             values = getattr(sample, name)[:length]
             row[: len(values)] = values
         padded[name] = torch.from_numpy(rows)
-    pixels, embeddings = {}, {}
+    pixels: dict[str, torch.Tensor] = {}
+    embeddings: dict[str, torch.Tensor] = {}
     for spec in specs:
         if spec.kind in ("pixels", "embeddings") and any(spec.name in sample.dense for sample in samples):
             stacked = torch.from_numpy(_stack_dense(spec, samples))
@@ -321,7 +322,10 @@ def _mask_sequence(
 
 def _fitting_keep(rng: np.random.Generator, value: _Sequence, num_in: int, keep: Keep) -> NDArray[np.bool_]:
     # The kept share is uniform; ml-4m's docstring says cosine, its code and its checkpoints do not.
-    probability = {"random": rng.random, "all": lambda: 1.0, "binary": lambda: float(rng.integers(2))}[keep]()
+    if keep == "random":
+        probability = float(rng.random())
+    else:
+        probability = 1.0 if keep == "all" else float(rng.integers(2))
     units = len(value.ids) if value.lengths is None else len(value.lengths)
     while True:
         kept = rng.random(units) < probability

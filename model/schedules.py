@@ -17,8 +17,8 @@ def cosine_counts(num_steps: int, num_tokens: int) -> Counts:
 
 def linear_counts(num_steps: int, num_tokens: int) -> Counts:
     """Equal steps, larger ones first; steps that would write nothing are dropped."""
-    counts = np.diff(np.linspace(0, num_tokens, num_steps + 1).astype(np.int64))
-    counts = np.sort(counts)[::-1]
+    ends = np.linspace(0, num_tokens, num_steps + 1).astype(np.int64)
+    counts: Counts = np.sort(ends[1:] - ends[:-1])[::-1]
     return counts[counts > 0]
 
 
