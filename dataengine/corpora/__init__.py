@@ -12,7 +12,7 @@ from dataengine import plugins
 
 @dataclass(frozen=True)
 class Split:
-    """What becomes one shard: items `start` to `stop` (exclusive) of a source (a path, a tar, a row group, a seed range)."""
+    """What becomes one shard: items `start` to `stop` (exclusive) of a source (a path, a tar, a row group, seeds)."""
 
     source: str
     start: int
@@ -24,8 +24,8 @@ class RawSample:
     """One item of a corpus as it lies there: encoded image bytes, or an exact canonical image in `values["rgb"]`.
 
     `key` is valid and unique in the corpus (`make_key`); `source` says where it came from, for provenance and
-    quarantine. `values` are exact labels that come with the corpus, by modality. `error` is set, and `image` empty, when
-    the item could not even be read.
+    quarantine. `values` are exact labels that come with the corpus, by modality. `error` is set, and `image` empty,
+    when the item could not even be read.
     """
 
     key: str
@@ -43,7 +43,7 @@ class Corpus(ABC):
     """
 
     emits: tuple[str, ...] = ()
-    """Modalities beyond rgb, caption and crop_settings whose exact values come with each sample (`RawSample.values`)."""
+    """Modalities beyond rgb, caption and crop_settings whose exact values come with each sample, in `values`."""
 
     def __init__(self, location: str) -> None:
         self.location = location

@@ -20,7 +20,7 @@ text: something a sequence model reads; tokens: (n_crops, n) ids; crops: the cro
 
 @dataclass(frozen=True)
 class Picture:
-    """How a value is shown: an RGB image uint8 (h, w, 3), a text, a table of (name, value), a legend of (name, colour)."""
+    """How a value is shown: an image uint8 (h, w, 3) RGB, a text, a table of (name, value), a legend of (name, colour)."""
 
     image: np.ndarray | None = None
     text: str = ""
@@ -54,7 +54,7 @@ class Modality(ABC):
 
     @abstractmethod
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """ValueError, naming what was found and what was expected, when this is no value of an image of (h, w) pixels."""
+        """ValueError, naming what was found and what was expected, if this is no value of an image of (h, w) pixels."""
 
     @abstractmethod
     def placeholder(self, size: tuple[int, int]) -> Any:
@@ -66,7 +66,7 @@ class Modality(ABC):
 
     @abstractmethod
     def crop(self, value: Any, crop: Crop, size: tuple[int, int], side: int) -> Any:
-        """The value under a crop of an image of (h, w) pixels; maps come out (side, side), whole-image values unchanged."""
+        """The value under a crop of an image of (h, w) pixels; maps come out (side, side), whole-image values as is."""
 
     @abstractmethod
     def picture(self, value: Any, rgb: np.ndarray) -> Picture:
@@ -76,8 +76,9 @@ class Modality(ABC):
 class TextLike(Modality):
     """A modality that a sequence model reads as text (ml-4m's grammars): a value becomes variants of pieces.
 
-    `variants` returns one list of pieces a choice: a choice is the crop row (`choice = "crop"`) or any of them at random
-    (`choice = "any"`); pieces are joined by a space, in random order when `shuffle`, and masked piece by piece when `chunked`.
+    `variants` returns lists of pieces: the variant read is that of the crop row (`choice = "crop"`) or any of them
+    (`choice = "any"`); pieces are joined by a space, in random order when `shuffle`, and masked piece by piece when
+    `chunked`.
     """
 
     choice: ClassVar[Literal["crop", "any"]] = "any"
