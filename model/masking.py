@@ -322,10 +322,12 @@ def _mask_sequence(
 
 def _fitting_keep(rng: np.random.Generator, value: _Sequence, num_in: int, keep: Keep) -> NDArray[np.bool_]:
     # The kept share is uniform; ml-4m's docstring says cosine, its code and its checkpoints do not.
-    if keep == "random":
-        probability = float(rng.random())
+    if keep == "all":
+        probability = 1.0
+    elif keep == "binary":
+        probability = float(rng.integers(2))
     else:
-        probability = 1.0 if keep == "all" else float(rng.integers(2))
+        probability = float(rng.random())
     units = len(value.ids) if value.lengths is None else len(value.lengths)
     while True:
         kept = rng.random(units) < probability
