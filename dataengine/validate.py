@@ -69,6 +69,8 @@ def _values(
             value = codec.decode(member.data)
             if modality == "rgb":
                 sizes[member.key] = value.shape[:2]
+            if member.key not in sizes:
+                continue  # its image is a problem of its own, and without it there is no size to check against
             codec.check(value, sizes[member.key])
             if modality == "crop_settings":
                 _inside(value, sizes[member.key])

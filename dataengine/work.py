@@ -105,7 +105,7 @@ def _label_shard(dataset: Dataset, loaded: Sequence[tuple[Labeler, Loaded]], tas
     with ThreadPoolExecutor(max_workers=2) as threads:
         for samples, bad in _prefetched(threads, _batches(dataset, task.shard, outer, size)):
             known = {s.key: dict(s.values) for s in samples}
-            failed = {s.key: dict(bad.get(s.key, {})) for s in samples}
+            failed = {s.key: set(bad[s.key]) for s in samples}
             for labeler, call in active:
                 _label_batch(labeler, call, samples, known, failed, columns, inner, threads)
     random = _random(dataset, [labeler for labeler, _ in active], task.shard, outer)
@@ -115,7 +115,7 @@ def _label_shard(dataset: Dataset, loaded: Sequence[tuple[Labeler, Loaded]], tas
 
 def _batches(
     dataset: Dataset, shard: int, inputs: Sequence[str], size: int
-) -> Iterator[Callable[[], tuple[list[Sample], dict[str, dict[str, str]]]]]:
+) -> Iterator[Callable[[], tuple[list[Sample], dict[str, set[str]]]]]:
     """Thunks that decode one batch each, so that the decoding can run ahead in a thread."""
     members = {m: dataset.read(m, shard) for m in inputs}
     invalid = {m: (dataset.commit(m, shard) or _missing(m, shard)).invalid for m in inputs}
@@ -125,10 +125,10 @@ def _batches(
         if tuple(member.key for member in column) != keys:
             raise ValueError(f"{tar_path(m, shard)} does not list the keys of the rgb tar: run `dataengine verify`")
 
-    def decode(start: int) -> tuple[list[Sample], dict[str, dict[str, str]]]:
+    def decode(start: int) -> tuple[list[Sample], dict[str, set[str]]]:
         rows = range(start, min(start + size, len(keys)))
         samples = [Sample(keys[i], {m: codecs[m].decode(members[m][i].data) for m in inputs}) for i in rows]
-        return samples, {keys[i]: {m: f"input {m} is not valid" for m in inputs if keys[i] in invalid[m]} for i in rows}
+        return samples, {keys[i]: {m for m in inputs if keys[i] in invalid[m]} for i in rows}
 
     for start in range(0, len(keys), size):
         yield lambda start=start: decode(start)
@@ -155,7 +155,7 @@ def _label_batch(
     call: Loaded,
     samples: Sequence[Sample],
     known: dict[str, dict[str, Any]],
-    failed: dict[str, dict[str, str]],
+    failed: dict[str, set[str]],
     columns: dict[str, _Column],
     inner: set[str],
     threads: ThreadPoolExecutor,
@@ -165,9 +165,10 @@ def _label_batch(
     kept = [m for m in labeler.emits if m in columns]
     ready, reasons = [], {}
     for s in samples:
-        bad = [failed[s.key][m] for m in labeler.inputs if m in failed[s.key]]
+        bad = [m for m in labeler.inputs if m in failed[s.key]]
         if bad:
-            reasons[s.key] = bad[0]
+            # The same words as when the input failed in an earlier run: the bytes of the record must not tell.
+            reasons[s.key] = f"input {bad[0]} is not valid"
         else:
             ready.append(Sample(s.key, {m: known[s.key][m] for m in {"rgb", *labeler.inputs}}))
     outputs = dict(zip((s.key for s in ready), _attempt(call, ready), strict=True))
@@ -176,7 +177,8 @@ def _label_batch(
             codec = modalities.load(m)
             value = _checked(codec, outputs.get(s.key, _Failed(reasons.get(s.key, ""))), s.size)
             if isinstance(value, _Failed):
-                failed[s.key][m] = columns[m].invalid[s.key] = str(value)
+                failed[s.key].add(m)
+                columns[m].invalid[s.key] = str(value)
                 value = codec.placeholder(s.size)
             future = threads.submit(_encode, codec, s.key, value)
             columns[m].members.append(future)

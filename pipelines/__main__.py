@@ -32,7 +32,6 @@ def ingest(
 ) -> None:
     """Take a corpus in: canonical images, captions and crop settings, in shards; what is refused goes to quarantine."""
     from dataengine.canonical import Limits
-
     from dataengine.ingest import IngestSettings, prepare
 
     dataset = Dataset(root)

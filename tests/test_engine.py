@@ -37,13 +37,16 @@ def test_all_tars_of_a_shard_list_the_same_keys_in_the_same_order(tmp_path: Path
     label(dataset, ["sam_edge"], Threshold(), Inverted())
     root = tmp_path / "root"
     assert dataset.modalities() == ["rgb", "caption", "crop_settings", "canny_edge", "sam_edge"]
+    assert sum(len(dataset.keys(shard)) for shard in range(3)) == 10
     for shard in range(3):
-        assert len(names(root, "rgb", shard)) == (4, 4, 2)[shard]
+        assert len(names(root, "rgb", shard)) <= 4
         for modality in dataset.modalities():
             assert names(root, modality, shard) == list(dataset.keys(shard))
     assert validate.verify(dataset) == []
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_every_tar(tmp_path: Path) -> None:
     dataset = ingested(tmp_path)
     label(dataset, ["canny_edge"], Threshold())
@@ -125,12 +128,12 @@ def test_a_failing_sample_gets_a_placeholder_and_costs_no_other(tmp_path: Path) 
     assert "float32" in record.invalid[wrong]
     after = dataset.commit("sam_edge", 0)
     assert after is not None
-    assert after.invalid == {k: "input canny_edge is not valid" for k in (bad, wrong)} or set(after.invalid) == {bad, wrong}
+    assert after.invalid == dict.fromkeys((bad, wrong), "input canny_edge is not valid")
     assert sum(c.num_invalid for r in reports for c in r.cells if c.modality == "canny_edge") == 2
     codec = modalities.load("canny_edge")
     values = [codec.decode(m.data) for m in dataset.read("canny_edge", 0)]
     assert values[1].max() == 0
-    assert any(v.max() == 255 for v in (values[0], values[3]))
+    assert values[0].max() == 255
     assert validate.verify(dataset) == []
 
 

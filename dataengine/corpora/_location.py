@@ -1,0 +1,80 @@
+"""Where the files of a corpus are: a file, a folder, a glob or a brace range on any filesystem, and its `?options`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from dataengine import plugins, storage
+from dataengine.corpora import Split
+
+_OPTIONS = re.compile(r"\?(\w+=[^?]*)$")
+_PATTERN = re.compile(r"[*?\[{]")
+
+
+def parse(text: str, defaults: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The URL of a `URL?name=value&name=value` location, and its options; ValueError for an unknown one."""
+    options = dict(defaults)
+    found = _OPTIONS.search(text)
+    if found is None:
+        return text, options
+    for name, value in parse_qsl(found[1], keep_blank_values=True):
+        if name not in options:
+            hint = plugins.nearest(name, sorted(options))
+            raise ValueError(f"{text}: unknown option {name!r}{hint}; known: {', '.join(options) or 'none'}")
+        options[name] = value
+    return text[: found.start()], options
+
+
+class Files:
+    """The files of a location by names relative to its root, which does not depend on the machine or on what is there.
+
+    The root is the folder itself, the folder of a single file, or the part of a pattern before its first wildcard.
+    """
+
+    def __init__(self, url: str, suffixes: tuple[str, ...]) -> None:
+        self.url = url
+        self.suffixes = suffixes
+        self.fs, path = storage.split_url(url)
+        pattern = _PATTERN.search(path)
+        if pattern and not self.fs.exists(path):
+            self.root = path[: pattern.start()].rpartition("/")[0]
+        elif path.lower().endswith(suffixes):
+            self.root = path.rpartition("/")[0]
+        else:
+            self.root = path.rstrip("/")
+
+    def names(self) -> list[str]:
+        """Every file, sorted; ValueError when there is none. A brace range is taken at its word."""
+        paths = (storage.split_url(url)[1] for url in storage.expand(self.url, self.suffixes))
+        found = sorted(path[len(self.root) :].lstrip("/") for path in paths)
+        if not found:
+            raise ValueError(f"{self.url}: expected files ending in {' '.join(self.suffixes)}, found none")
+        return found
+
+    def path(self, name: str) -> str:
+        """The path, in the filesystem, of a relative name."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        data: bytes = self.fs.cat_file(self.path(name))
+        return data
+
+    def open(self, name: str) -> Any:
+        """A file as a seekable binary stream."""
+        return self.fs.open(self.path(name), "rb")
+
+
+def pieces(source: str, bounds: Iterable[tuple[int, int]], shard_size: int) -> list[Split]:
+    """Cut each range of items into the fewest splits of at most `shard_size`, all of nearly the same size."""
+    if shard_size < 1:
+        raise ValueError(f"shard size {shard_size}: expected at least 1")
+    out = []
+    for start, stop in bounds:
+        count = -(-(stop - start) // shard_size)
+        edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
+        out += [Split(source, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return out
