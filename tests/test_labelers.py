@@ -19,8 +19,6 @@ from dataengine import modalities, plugins
 from dataengine.labeler import Labeler
 from dataengine.sample import Sample
 
-# pycocotools 2.0.11 under numpy 2.4.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SIZES = ((96, 128), (130, 70), (64, 64))
 """Heights and widths of one batch, in pixels."""

@@ -16,8 +16,6 @@ from labelers import _checkpoints, _sam
 from labelers.sam import Sam
 from labelers.sam_edge import SamEdge
 
-# pycocotools 2.0.11 under numpy 2.4.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 PHOTO = np.ascontiguousarray(skimage.data.chelsea()[60:210, 60:300])
 
