@@ -1,4 +1,4 @@
-"""What dense feature grids share."""
+"""Dense network features on a grid over the image: what CLIP and DINOv2 maps share."""
 
 from __future__ import annotations
 
@@ -8,47 +8,50 @@ import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Kind, Modality, Picture
-from dataengine.modalities._maps import enlarged, principal_components
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
+
+_SHOWN = 224  # pixels: about what a picture of a grid is enlarged to
 
 
 class FeatureGrid(Modality):
-    """Features of the whole image, float16 (rows, columns, channels), stored as npy. A crop leaves them as they are."""
+    """Features float16 (rows, columns, channels), rows from the top, of the network's own view of the whole image.
+
+    Stored as .npy. `shape` is that of the published network; others are valid, as other checkpoints have others.
+    """
 
     kind: ClassVar[Kind] = "grid"
     suffix: ClassVar[str] = "npy"
-    grid: ClassVar[tuple[int, int]]
-    channels: ClassVar[int]
-    """Of the published network; a smaller network of the same family may give fewer."""
+    shape: ClassVar[tuple[int, int, int]]
 
     def encode(self, value: np.ndarray) -> bytes:
-        """A plain .npy."""
+        """A NumPy file."""
         return codecs.encode_npy(value)
 
     def decode(self, data: bytes) -> np.ndarray:
         """float16 (rows, columns, channels)."""
-        return codecs.decode_npy(data)
+        value = codecs.decode_npy(data)
+        expect.array(self.name, value, np.float16, ("rows", "columns", "channels"))
+        return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """float16 with three axes, all finite."""
-        if not isinstance(value, np.ndarray) or value.dtype != np.float16 or value.ndim != 3 or 0 in value.shape:
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"{self.name}: expected float16 (rows, columns, channels), got {found}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{self.name}: {(~np.isfinite(value)).sum()} values are not finite")
+        """float16 (rows, columns, channels), finite."""
+        expect.array(self.name, value, np.float16, ("rows", "columns", "channels"))
+        expect.finite(self.name, value)
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """Zeros."""
-        return np.zeros((*self.grid, self.channels), np.float16)
+        return np.zeros(self.shape, dtype=np.float16)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Normal deviates."""
-        return rng.standard_normal((*self.grid, self.channels)).astype(np.float16)
+        """Normal noise."""
+        return rng.standard_normal(self.shape).astype(np.float16)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """Unchanged: features of a crop are computed from the cropped image."""
+        """Unchanged: a network's features of a crop are not a crop of its features, and mirroring changes them too."""
         return value
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """The three principal components of the image's own features."""
-        return Picture(image=enlarged(principal_components(value.astype(np.float32))))
+        """The three principal axes as red, green and blue."""
+        image = _draw.enlarged(_draw.principal(value), max(1, round(_SHOWN / max(value.shape[:2]))))
+        return Picture(image=image, text=f"{' x '.join(map(str, value.shape))}, principal axes as colours")

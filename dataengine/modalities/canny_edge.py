@@ -1,9 +1,9 @@
-"""Canny edges of the image."""
+"""Edges of the image (Canny 1986)."""
 
 from __future__ import annotations
 
-from dataengine.modalities._maps import EdgeMap
+from dataengine.modalities._edges import Edges
 
 
-class CannyEdge(EdgeMap):
-    """uint8 (h, w), 0 and 255."""
+class CannyEdge(Edges):
+    """Edges of the image (Canny 1986): uint8 (h, w) of 0 and 255."""

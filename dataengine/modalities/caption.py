@@ -1,61 +1,74 @@
-"""Captions: what people or networks said of an image."""
+"""Sentences about the image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Picture, TextLike
+from dataengine.modalities import Kind, Picture, TextLike
+from dataengine.modalities._text import SPECIAL, quoted, until_end
 
 
 class Caption(TextLike):
-    """A list of strings as JSON, which may be empty; a trainer reads any one of them. A crop changes nothing."""
+    """A list of strings, empty where there is none, as JSON. Any one of them is the caption, under every crop.
 
-    kind = "text"
-    suffix = "json"
+    ml-4m's other forms are read too: one string, one `{"caption": ...}`, a list of those.
+    """
+
+    kind: ClassVar[Kind] = "text"
+    suffix: ClassVar[str] = "json"
+    choice: ClassVar[Literal["crop", "any"]] = "any"
+    max_tokens: ClassVar[int] = 256
 
     def encode(self, value: list[str]) -> bytes:
-        """A JSON list."""
+        """Compact JSON."""
         return codecs.encode_json(value)
 
     def decode(self, data: bytes) -> list[str]:
-        """A list of strings."""
+        """The list of strings."""
         value = codecs.decode_json(data)
-        self.check(value, (0, 0))
-        captions: list[str] = value
+        entries = value if isinstance(value, list) else [value]
+        captions = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
+        if not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"{self.name}: expected strings, got {value!r:.80}")
         return captions
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """A list of strings."""
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise ValueError(f"caption: expected a list of strings, got {value!r:.100}")
+        """A list of strings that UTF-8 can say."""
+        if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+            raise ValueError(f"{self.name}: expected a list of strings, got {value!r:.80}")
+        for caption in value:
+            if any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise ValueError(f"{self.name}: expected Unicode text, got lone surrogates in {caption!r:.80}")
 
     def placeholder(self, size: tuple[int, int]) -> list[str]:
         """No caption."""
         return []
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> list[str]:
-        """Two captions of random words."""
-        words = ("a", "red", "dog", "on", "the", "beach", "Ünïcode", "two")
-        return [" ".join(rng.choice(words, 5)) for _ in range(2)]
+        """Two captions."""
+        count = int(rng.integers(2, 100))
+        return [f"a flock of {count} birds over the sea", f"{count} gulls, süß"]
 
     def crop(self, value: list[str], crop: Crop, size: tuple[int, int], side: int) -> list[str]:
-        """Unchanged."""
+        """Unchanged: what a crop cuts off, and the left and right of a mirrored one, stay in the words."""
         return value
 
-    def picture(self, value: list[str], rgb: np.ndarray) -> Picture:
-        """The captions, one a line."""
-        return Picture(text="\n".join(value))
-
     def variants(self, value: list[str], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
-        """Each caption, as it is."""
+        """One piece a caption, unmodified."""
         return [[caption] for caption in value]
 
     def parse(self, text: str) -> tuple[list[str], list[str]]:
-        """The text is the caption; nothing can be wrong with it but that it is empty."""
-        caption = text.replace("[EOS]", "").strip()
-        return [caption], [] if caption else ["empty"]
+        """One caption, without the words of other grammars, each of which is a complaint; none when nothing is left."""
+        said = until_end(text)
+        foreign = SPECIAL.findall(said)
+        caption = " ".join(SPECIAL.sub(" ", said).split()) if foreign else said
+        return [caption] if caption else [], [f"{quoted(word)} is no word of a caption" for word in foreign]
+
+    def picture(self, value: list[str], rgb: np.ndarray) -> Picture:
+        """One line a caption."""
+        return Picture(text="\n".join(" ".join(caption.split()) for caption in value))

@@ -1,13 +1,14 @@
-"""Dense features of CLIP ViT-B/16."""
+"""Patch features of CLIP ViT-B/16."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from dataengine.modalities._features import FeatureGrid
 
 
 class ClipB16(FeatureGrid):
-    """float16 (14, 14, 512): the projected patch tokens of the whole image at 224 pixels."""
+    """CLIP's patch tokens in the space of its embeddings: float16 (14, 14, 512) at 224 pixels, not normalised."""
 
-    spelling = "CLIP-B16"
-    grid = (14, 14)
-    channels = 512
+    spelling: ClassVar[str] = "CLIP-B16"
+    shape: ClassVar[tuple[int, int, int]] = (14, 14, 512)

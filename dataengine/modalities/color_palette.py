@@ -1,101 +1,99 @@
-"""The colours an image is made of: palettes of one to seven."""
+"""The main colours of the image."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import cv2
 import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Picture, TextLike
+from dataengine.modalities import Kind, Picture, TextLike, _draw
+from dataengine.modalities import _checks as expect
+from dataengine.modalities._text import INT, quoted, until_end
 
-SIZES = tuple(str(n) for n in range(1, 8))
-_HEAD = re.compile(r"v1=(\d+)")
-_VALUE = re.compile(r"v0=(\d+)")
+SIZES = tuple(range(1, 8))
+"""How many colours a palette has: one palette of each size."""
 
 
 class ColorPalette(TextLike):
-    """ml-4m's JSON, `[{"1": [[r, g, b]], ..., "7": [7 x [r, g, b]]}]`: all seven palettes, integers 0..255."""
+    """`[{"1": [[r, g, b]], "2": [[r, g, b], [r, g, b]], ..., "7": [...]}]` as JSON, 0..255, as in ml-4m.
 
-    kind = "text"
-    suffix = "json"
-    max_tokens = 23
+    The text is any one of the seven, the same under every crop.
+    """
 
-    def encode(self, value: list[dict[str, list[list[int]]]]) -> bytes:
-        """JSON."""
+    kind: ClassVar[Kind] = "text"
+    suffix: ClassVar[str] = "json"
+    choice: ClassVar[Literal["crop", "any"]] = "any"
+    max_tokens: ClassVar[int] = 23
+
+    def encode(self, value: list[dict[str, Any]]) -> bytes:
+        """Compact JSON."""
         return codecs.encode_json(value)
 
-    def decode(self, data: bytes) -> list[dict[str, list[list[int]]]]:
-        """The list with its one object."""
-        value: list[dict[str, list[list[int]]]] = codecs.decode_json(data)
-        self.check(value, (0, 0))
+    def decode(self, data: bytes) -> list[dict[str, Any]]:
+        """The list of one dict."""
+        value = codecs.decode_json(data)
+        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
+            raise ValueError(f"{self.name}: expected a list of one dict, got {value!r:.80}")
         return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """One object with palettes 1..7, each of as many colours as its key says."""
-        if (
-            not isinstance(value, list)
-            or len(value) != 1
-            or not isinstance(value[0], dict)
-            or set(value[0]) != set(SIZES)
-        ):
-            raise ValueError(f"color_palette: expected a list of one object with keys 1..7, got {value!r:.100}")
-        for count, colours in value[0].items():
-            numbers = [v for colour in colours for v in colour]
-            if len(colours) != int(count) or any(len(c) != 3 for c in colours):
-                raise ValueError(f"color_palette: expected {count} colours of 3 numbers, got {colours!r:.100}")
-            if not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):
-                raise ValueError(f"color_palette: expected integers 0..255, got {colours!r:.100}")
+        """All seven palettes, each colour three numbers in 0..255."""
+        if not isinstance(value, list) or len(value) != 1:
+            raise ValueError(f"{self.name}: expected a list of one dict, got {value!r:.80}")
+        expect.dictionary(self.name, value[0], [str(n) for n in SIZES])
+        for n in SIZES:
+            palette = value[0][str(n)]
+            if not isinstance(palette, list) or len(palette) != n:
+                raise ValueError(f"{self.name}: expected {n} colours in palette {n}, got {palette!r:.80}")
+            for colour in palette:
+                expect.numbers(f"{self.name} {n}", colour, 3, 0, 255)
 
-    def placeholder(self, size: tuple[int, int]) -> list[dict[str, list[list[int]]]]:
+    def placeholder(self, size: tuple[int, int]) -> list[dict[str, Any]]:
         """All black."""
-        return [{n: [[0, 0, 0]] * int(n) for n in SIZES}]
+        return [{str(n): [[0, 0, 0]] * n for n in SIZES}]
 
-    def example(self, rng: np.random.Generator, size: tuple[int, int]) -> list[dict[str, list[list[int]]]]:
+    def example(self, rng: np.random.Generator, size: tuple[int, int]) -> list[dict[str, Any]]:
         """Random colours."""
-        return [{n: rng.integers(0, 256, (int(n), 3)).tolist() for n in SIZES}]
+        return [{str(n): rng.integers(0, 256, (n, 3)).tolist() for n in SIZES}]
 
-    def crop(self, value: Any, crop: Crop, size: tuple[int, int], side: int) -> Any:
-        """Unchanged: it describes the whole image."""
+    def crop(self, value: list[dict[str, Any]], crop: Crop, size: tuple[int, int], side: int) -> list[dict[str, Any]]:
+        """Unchanged: it is of the whole image."""
         return value
 
-    def picture(self, value: list[dict[str, list[list[int]]]], rgb: np.ndarray) -> Picture:
-        """A row of swatches for each palette."""
-        rows = [np.array(value[0][n], np.uint8)[None] for n in SIZES if n in value[0]]
-        if not rows:
-            return Picture(text="no palette")
-        height = 105 // len(rows)
-        strips = [cv2.resize(row, (105, height), interpolation=cv2.INTER_NEAREST) for row in rows]
-        return Picture(image=np.vstack(strips))
+    def variants(self, value: list[dict[str, Any]], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+        """Seven variants of one piece: `v1=n` and n times `v0=r v0=g v0=b`, each rounded to whole levels."""
+        return [[self._text(value[0][str(n)])] for n in SIZES]
 
-    def variants(
-        self, value: list[dict[str, list[list[int]]]], crops: Sequence[Crop], size: tuple[int, int]
-    ) -> list[list[str]]:
-        """Seven variants, one piece each: `v1=n` and then `v0=r v0=g v0=b` for each of n colours."""
-        out = []
-        for n in SIZES:
-            colours = [f"v0={round(v)}" for colour in value[0][n] for v in colour]
-            out.append([" ".join([f"v1={n}", *colours])])
-        return out
+    @staticmethod
+    def _text(palette: list[list[float]]) -> str:
+        return " ".join([f"v1={len(palette)}", *(f"v0={round(level)}" for colour in palette for level in colour)])
 
-    def parse(self, text: str) -> tuple[list[dict[str, list[list[int]]]], list[str]]:
-        """The one palette that a text has; complaints when its count or a number is off."""
-        words = text.replace("[EOS]", "").split()
-        complaints, numbers = [], []
-        head = _HEAD.fullmatch(words[0]) if words else None
-        if head is None:
-            complaints.append(f"expected v1=COUNT first, got {words[:1]}")
-        for word in words[1 if head else 0 :]:
-            match = _VALUE.fullmatch(word)
-            if match is None or int(match[1]) > 255:
-                complaints.append(f"not a colour value: {word!r}")
-            else:
-                numbers.append(int(match[1]))
-        colours = [numbers[i : i + 3] for i in range(0, len(numbers) - len(numbers) % 3, 3)]
-        if head is not None and (len(colours) != int(head[1]) or len(numbers) % 3):
-            complaints.append(f"said {head[1]} colours, gave {len(numbers)} values")
+    def parse(self, text: str) -> tuple[list[dict[str, Any]], list[str]]:
+        """The one palette of the text, under its number of whole colours; `[{}]` when it has none."""
+        first, *rest = until_end(text).split() or [""]
+        complaints = []
+        if not re.fullmatch("v1=[1-7]", first):
+            complaints.append(f"expected v1=1 to v1=7 first, got {quoted(first)}")
+        matches = [re.fullmatch(f"v0={INT}", word) for word in rest]
+        levels = [int(m[1]) for m in matches if m and int(m[1]) <= 255]
+        wrong = [w for w, m in zip(rest, matches, strict=True) if not (m and int(m[1]) <= 255)]
+        complaints += [f"expected v0=0 to v0=255, got {quoted(word)}" for word in wrong]
+        # After a word that is no level, nobody knows which channel the next one is.
+        colours = [] if wrong else [levels[i : i + 3] for i in range(0, len(levels) - 2, 3)]
+        if not complaints and len(levels) != 3 * int(first[3:]):
+            complaints.append(f"expected {3 * int(first[3:])} levels after {first}, got {len(levels)}")
+        colours = colours[: SIZES[-1]]
         return [{str(len(colours)): colours}] if colours else [{}], complaints
+
+    def picture(self, value: list[dict[str, Any]], rgb: np.ndarray) -> Picture:
+        """A row of swatches for each palette."""
+        rows = []
+        for _, palette in sorted(value[0].items()):
+            edges = np.linspace(0, 240, len(palette) + 1).astype(int)
+            row = np.repeat(np.rint(palette).astype(np.uint8), np.diff(edges), axis=0)
+            rows += [np.tile(row, (28, 1, 1)), np.full((4, 240, 3), 255, np.uint8)]
+        return Picture(image=_draw.enlarged(np.concatenate(rows[:-1]), 1)) if rows else Picture(text="no palette")

@@ -1,60 +1,71 @@
-"""Where each sample is cut for tokens and training."""
+"""The crops that all token columns of a sample share."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 
 from dataengine import codecs, geometry
 from dataengine.geometry import Crop
-from dataengine.modalities import Modality, Picture
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
 
 
 class CropSettings(Modality):
-    """int64 (n_crops, 5): top, left, height, width, hflip in pixels of the stored image; row 0 the centre square."""
+    """int64 (n_crops, 5): top, left, height, width in pixels of the stored image, hflip 0 or 1; stored as .npy.
 
-    kind = "crops"
-    suffix = "npy"
+    Row 0 is the largest centred square, not mirrored.
+    """
+
+    kind: ClassVar[Kind] = "crops"
+    suffix: ClassVar[str] = "npy"
 
     def encode(self, value: np.ndarray) -> bytes:
-        """A plain .npy."""
+        """A NumPy file."""
         return codecs.encode_npy(value)
 
     def decode(self, data: bytes) -> np.ndarray:
         """int64 (n_crops, 5)."""
-        return codecs.decode_npy(data)
+        value = codecs.decode_npy(data)
+        expect.array(self.name, value, np.int64, ("n_crops", 5))
+        return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """int64 (n, 5), positive extents, hflip 0 or 1, row 0 the centre square without a mirror."""
-        if not isinstance(value, np.ndarray) or value.dtype != np.int64 or value.ndim != 2 or value.shape[1:] != (5,):
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"crop_settings: expected int64 (n_crops, 5), got {found}")
+        """int64 (n_crops, 5), every crop within the image, row 0 the centre."""
+        expect.array(self.name, value, np.int64, ("n_crops", 5))
+        top, left, height, width, hflip = value.T
+        if not np.isin(hflip, (0, 1)).all():
+            raise ValueError(f"{self.name}: expected hflip 0 or 1, got {hflip.tolist()}")
+        inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
+        inside &= (top + height <= size[0]) & (left + width <= size[1])
+        if not inside.all():
+            row = value[int(np.argmin(inside))].tolist()
+            raise ValueError(f"{self.name}: expected crops within {size[0]} x {size[1]} pixels, got {row}")
         center = geometry.center_crop(*size)
-        if not len(value) or geometry.crops_of(value)[0] != center:
-            raise ValueError(f"crop_settings: expected {center} in row 0, got {value[:1].tolist()}")
-        if (value[:, 2:4] < 1).any() or not np.isin(value[:, 4], (0, 1)).all():
-            raise ValueError(f"crop_settings: expected positive extents and hflip 0 or 1, got {value.tolist()}")
+        if geometry.crops_of(value)[0] != center:
+            raise ValueError(f"{self.name}: expected row 0 to be {center}, got {value[0].tolist()}")
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
-        """The centre square alone."""
-        return self.example(np.random.default_rng(0), size)[:1]
+        """The centre crop alone."""
+        return geometry.crop_settings(np.random.default_rng(0), *size, num_crops=1, min_scale=1.0)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Three crops."""
-        return geometry.crop_settings(rng, *size, num_crops=3, min_scale=0.5)
+        """Four crops."""
+        return geometry.crop_settings(rng, *size, num_crops=4, min_scale=0.2)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """Unchanged."""
+        """Unchanged: crops are of the stored image."""
         return value
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """The rectangles on the image; mirrored ones are orange."""
-        shown = rgb.copy()
-        line = max(1, max(rgb.shape[:2]) // 150)
-        for crop in reversed(geometry.crops_of(value)):
-            colour = (255, 150, 0) if crop.hflip else (0, 230, 255)
-            corner = (crop.left + crop.width - 1, crop.top + crop.height - 1)
-            cv2.rectangle(shown, (crop.left, crop.top), corner, colour, line)
-        return Picture(image=shown, text=f"{len(value)} crops" if len(value) > 1 else "1 crop")
+        """Every crop as a rectangle on the image."""
+        image, factor = _draw.canvas(rgb)
+        legend = []
+        for i, crop in enumerate(geometry.crops_of(value)):
+            colour = (255, 255, 255) if i == 0 else _draw.distinct(i - 1)
+            edges = [factor * v for v in (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)]
+            image = _draw.rectangle(image, edges[0], edges[1], edges[2], edges[3], colour, str(i))
+            text = f"crop {i}: {crop.height} x {crop.width}{', mirrored' if crop.hflip else ''}"
+            legend.append((text, colour))
+        return Picture(image=image, legend=tuple(legend))

@@ -1,134 +1,128 @@
-"""Boxes of things."""
+"""Boxes of objects."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import cv2
 import numpy as np
 
-from dataengine import coco, codecs
+from dataengine import codecs, coco
 from dataengine.geometry import Crop, crop_boxes
-from dataengine.modalities import Picture, TextLike
+from dataengine.modalities import Kind, Picture, TextLike, _draw
+from dataengine.modalities import _checks as expect
+from dataengine.modalities._text import INT, NUM_BINS, quoted, until_end
 
-SCORE_THRESHOLD = 0.6
-"""A box is written as text from this score on (ml-4m's det_threshold)."""
-BINS = 1000
-
-_BOX = re.compile(r"v0=(\d+)\s+v1=(\d+)\s+v2=(\d+)\s+v3=(\d+)\s+([^=]*?)\s*(?=v0=|$)")
+_BOX = re.compile(rf"v0={INT} v1={INT} v2={INT} v3={INT} ([^=]+)")
+_SHOWN_SCORE = 0.3
 
 
 class Det(TextLike):
-    """{"instances": [{"boxes": [x0, y0, x1, y1], "class_name": str, "score": float}]}, ml-4m's JSON.
+    """`{"instances": [{"boxes": [x0, y0, x1, y1], "class_name": str, "score": float}]}` as JSON, as in ml-4m.
 
-    Corners are in 0..1 of the stored image with x0 < x1 and y0 < y1, scores in 0..1.
+    Corners in 0..1 of the stored image, x right, y down; `class_name` is one of COCO's 80 (`coco.THINGS`), the ones
+    the text tokenizer knows; score in 0..1. Further keys of an instance are kept and ignored.
     """
 
-    kind = "instances"
-    suffix = "json"
-    choice = "crop"
+    kind: ClassVar[Kind] = "instances"
+    suffix: ClassVar[str] = "json"
+    choice: ClassVar[Literal["crop", "any"]] = "crop"
+    max_tokens: ClassVar[int] = 256
+    threshold: ClassVar[float] = 0.6
+    """Instances of a lower score are not in the text (ml-4m's det_threshold)."""
 
     def encode(self, value: dict[str, Any]) -> bytes:
-        """JSON."""
+        """Compact JSON."""
         return codecs.encode_json(value)
 
     def decode(self, data: bytes) -> dict[str, Any]:
-        """The dictionary."""
-        value: dict[str, Any] = codecs.decode_json(data)
-        self.check(value, (0, 0))
-        return value
+        """The dict of instances."""
+        value = codecs.decode_json(data)
+        expect.dictionary(self.name, value, ("instances",))
+        return value  # type: ignore[no-any-return]
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """The keys, types and ranges of every instance."""
-        if not isinstance(value, dict) or set(value) != {"instances"} or not isinstance(value["instances"], list):
-            raise ValueError(f'det: expected {{"instances": [...]}}, got {value!r:.100}')
+        """Boxes in 0..1 with an area, COCO's names, scores in 0..1."""
+        expect.dictionary(self.name, value, ("instances",))
+        if not isinstance(value["instances"], list):
+            raise ValueError(f"{self.name}: expected a list of instances, got {type(value['instances']).__name__}")
         for instance in value["instances"]:
-            if not isinstance(instance, dict) or not {"boxes", "class_name", "score"} <= set(instance):
-                raise ValueError(f"det: expected boxes, class_name and score, got {instance!r:.100}")
-            box, score = instance["boxes"], instance["score"]
-            if (
-                not isinstance(box, list)
-                or len(box) != 4
-                or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)
-            ):
-                raise ValueError(f"det: expected x0 < x1 and y0 < y1 in 0..1, got {box!r:.100}")
-            if not isinstance(instance["class_name"], str) or not 0 <= score <= 1:
-                raise ValueError(f"det: expected a class name and a score in 0..1, got {instance!r:.100}")
+            expect.dictionary(f"{self.name} instance", instance, ("boxes", "class_name", "score"))
+            expect.numbers(f"{self.name} boxes", instance["boxes"], 4, 0, 1)
+            x0, y0, x1, y1 = instance["boxes"]
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(f"{self.name}: expected x0 < x1 and y0 < y1, got {instance['boxes']}")
+            if instance["class_name"] not in coco.THINGS:
+                raise ValueError(f"{self.name}: expected a COCO class name, got {instance['class_name']!r:.40}")
+            expect.numbers(f"{self.name} score", [instance["score"]], 1, 0, 1)
 
     def placeholder(self, size: tuple[int, int]) -> dict[str, Any]:
         """No instance."""
         return {"instances": []}
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> dict[str, Any]:
-        """Three random boxes."""
-        instances = []
-        for _ in range(3):
-            x0, y0 = (float(v) for v in rng.uniform(0, 0.6, 2))
-            w, h = (float(v) for v in rng.uniform(0.1, 0.4, 2))
-            name = str(rng.choice(coco.THINGS))
-            instances.append(
-                {"boxes": [x0, y0, x0 + w, y0 + h], "class_name": name, "score": float(rng.uniform(0.5, 1))}
-            )
-        return {"instances": instances}
-
-    def crop(self, value: dict[str, Any], crop: Crop, size: tuple[int, int], side: int) -> dict[str, Any]:
-        """Boxes relative to the crop; those with no area in it are dropped."""
-        instances = value["instances"]
-        boxes, kept = crop_boxes(np.array([i["boxes"] for i in instances], np.float64).reshape(-1, 4), crop, *size)
+        """Three boxes."""
+        corners = np.round(rng.uniform(0, 0.5, (3, 4)) + [0, 0, 0.5, 0.5], 4)
+        names = [coco.THINGS[i] for i in rng.integers(0, len(coco.THINGS), 3)]
         return {
             "instances": [
-                {**instance, "boxes": box.tolist()}
-                for instance, box, keep in zip(instances, boxes, kept, strict=True)
-                if keep
+                {"boxes": box.tolist(), "class_name": name, "score": score}
+                for box, name, score in zip(corners, names, (0.9, 0.75, 0.5), strict=True)
             ]
         }
 
-    def picture(self, value: dict[str, Any], rgb: np.ndarray) -> Picture:
-        """The boxes drawn on the image, with class and score in the legend."""
-        shown = rgb.copy()
-        height, width = rgb.shape[:2]
-        line = max(1, round(max(height, width) / 180))
-        legend = []
-        for instance in value["instances"]:
-            name = instance["class_name"]
-            colour = coco.colour(coco.NAMES.index(name) if name in coco.NAMES else 0)
-            x0, y0, x1, y1 = (round(v * (n - 1)) for v, n in zip(instance["boxes"], (width, height) * 2, strict=True))
-            cv2.rectangle(shown, (x0, y0), (x1, y1), colour, line)
-            legend.append((f"{name} {instance['score']:.2f}", colour))
-        return Picture(image=shown, legend=tuple(legend[:6]), text="" if legend else "no box")
+    def crop(self, value: dict[str, Any], crop: Crop, size: tuple[int, int], side: int) -> dict[str, Any]:
+        """The instances of which a part is left, in 0..1 of the crop."""
+        instances = value["instances"]
+        boxes, kept = crop_boxes(np.array([i["boxes"] for i in instances], dtype=np.float64), crop, *size)
+        whole = [{**i, "boxes": box} for i, box, keep in zip(instances, boxes.tolist(), kept, strict=True) if keep]
+        return {**value, "instances": whole}
 
     def variants(self, value: dict[str, Any], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
-        """For each crop one piece: boxes of a sufficient score, nearest to the upper left corner first."""
-        sure = {"instances": [i for i in value["instances"] if i["score"] >= SCORE_THRESHOLD]}
-        return [[self._text(self.crop(sure, crop, size, 0))] for crop in crops]
+        """For each crop one piece an instance, those nearest to the top left corner first (ml-4m's dist_to_orig)."""
+        sure = {"instances": [i for i in value["instances"] if i["score"] >= self.threshold]}
+        return [self._pieces(self.crop(sure, crop, size, 0)["instances"]) for crop in crops]
 
     @staticmethod
-    def _text(value: dict[str, Any]) -> str:
-        near_first = sorted(value["instances"], key=lambda i: i["boxes"][0] ** 2 + i["boxes"][1] ** 2)
-        boxes = [
-            " ".join(f"v{axis}={round(v * (BINS - 1))}" for axis, v in enumerate(i["boxes"])) + f" {i['class_name']}"
-            for i in near_first
+    def _pieces(instances: list[dict[str, Any]]) -> list[str]:
+        ordered = sorted(instances, key=lambda i: i["boxes"][0] ** 2 + i["boxes"][1] ** 2)
+        return [
+            " ".join(f"v{axis}={round(x * (NUM_BINS - 1))}" for axis, x in enumerate(i["boxes"]))
+            + f" {i['class_name']}"
+            for i in ordered
         ]
-        return " ".join(boxes)
 
     def parse(self, text: str) -> tuple[dict[str, Any], list[str]]:
-        """The boxes that are whole; complaints about the rest."""
-        body = text.replace("[EOS]", "").strip()
-        instances, complaints, end = [], [], 0
-        for match in _BOX.finditer(body):
-            if body[end : match.start()].strip():
-                complaints.append(f"not a box: {body[end : match.start()].strip()!r}")
-            end = match.end()
-            box = [int(g) / (BINS - 1) for g in match.groups()[:4]]
-            name = match[5]
-            if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-                complaints.append(f"no area: {match[0]!r}")
-            elif not name:
-                complaints.append(f"no class: {match[0]!r}")
+        """Instances of score 1 (the text has none), corners in steps of 1/999: a box may be flat after rounding."""
+        before, *chunks = re.split(r"(?:^|\s+)(?=v0=)", " ".join(until_end(text).split()))
+        complaints = [f"expected a box to begin with v0=, got {quoted(before)}"] if before else []
+        instances = []
+        for chunk in chunks:
+            match = _BOX.fullmatch(chunk)
+            if match is None:
+                complaints.append(f"expected v0= v1= v2= v3= and a class, got {quoted(chunk)}")
+                continue
+            x0, y0, x1, y1 = (int(bin_) for bin_ in match.groups()[:4])
+            if match[5] not in coco.THINGS:
+                complaints.append(f"expected a COCO class name, got {quoted(match[5])}")
+            elif x0 > x1 or y0 > y1:
+                complaints.append(f"expected x0 <= x1 and y0 <= y1, got {quoted(chunk)}")
             else:
-                instances.append({"boxes": box, "class_name": name, "score": 1.0})
-        if body[end:].strip():
-            complaints.append(f"not a box: {body[end:].strip()!r}")
+                box = [v / (NUM_BINS - 1) for v in (x0, y0, x1, y1)]
+                instances.append({"boxes": box, "class_name": match[5], "score": 1.0})
         return {"instances": instances}, complaints
+
+    def picture(self, value: dict[str, Any], rgb: np.ndarray) -> Picture:
+        """Boxes with class and score on the image, the surest on top; those below 0.3 are only counted."""
+        image, _ = _draw.canvas(rgb)
+        height, width = image.shape[:2]
+        shown = sorted((i for i in value["instances"] if i["score"] >= _SHOWN_SCORE), key=lambda i: i["score"])
+        for instance in shown:
+            x0, y0, x1, y1 = np.multiply(instance["boxes"], (width, height, width, height)).tolist()
+            red, green, blue = coco.COLOURS[coco.THINGS.index(instance["class_name"])].tolist()
+            label = f"{instance['class_name']} {instance['score']:.2f}"
+            image = _draw.rectangle(image, x0, y0, x1, y1, (red, green, blue), label)
+        hidden = len(value["instances"]) - len(shown)
+        text = f"{len(shown)} box{'' if len(shown) == 1 else 'es'}"
+        return Picture(image=image, text=f"{text}, {hidden} more below {_SHOWN_SCORE}" if hidden else text)

@@ -1,58 +1,60 @@
-"""The class token of DINOv2 ViT-B/14."""
+"""The global feature of DINOv2 ViT-B/14."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Modality, Picture
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
+
+_COLUMNS = 64
 
 
-class DinoV2B14Global(Modality):
-    """float16 (768,), stored as npy: one vector for the whole image; a crop leaves it as it is."""
+class Dinov2B14Global(Modality):
+    """DINOv2's class token after its last norm: float16 (channels,), 768 for the published network; stored as .npy."""
 
-    spelling = "DINOv2-B14-global"
-    kind = "vector"
-    suffix = "npy"
+    kind: ClassVar[Kind] = "vector"
+    suffix: ClassVar[str] = "npy"
+    spelling: ClassVar[str] = "DINOv2-B14-global"
 
     def encode(self, value: np.ndarray) -> bytes:
-        """A plain .npy."""
+        """A NumPy file."""
         return codecs.encode_npy(value)
 
     def decode(self, data: bytes) -> np.ndarray:
         """float16 (channels,)."""
-        return codecs.decode_npy(data)
+        value = codecs.decode_npy(data)
+        expect.array(self.name, value, np.float16, ("channels",))
+        return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """float16 with one axis, all finite."""
-        if not isinstance(value, np.ndarray) or value.dtype != np.float16 or value.ndim != 1 or not len(value):
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"{self.name}: expected float16 (channels,), got {found}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{self.name}: {(~np.isfinite(value)).sum()} values are not finite")
+        """float16 (channels,), finite."""
+        expect.array(self.name, value, np.float16, ("channels",))
+        expect.finite(self.name, value)
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """Zeros."""
-        return np.zeros(768, np.float16)
+        return np.zeros(768, dtype=np.float16)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Normal deviates."""
+        """Normal noise."""
         return rng.standard_normal(768).astype(np.float16)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """Unchanged."""
+        """Unchanged: it is of the whole image."""
         return value
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """The vector as a strip of colours, row by row."""
-        columns = int(np.ceil(np.sqrt(len(value))))
-        padded = np.zeros(columns * int(np.ceil(len(value) / columns)), np.float32)
-        padded[: len(value)] = value
-        scale = max(float(np.abs(padded).max()), 1e-6)
-        grey = (padded.reshape(-1, columns) / scale * 127 + 128).astype(np.uint8)
-        coloured = cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
-        return Picture(image=cv2.resize(coloured, (112, 112), interpolation=cv2.INTER_NEAREST))
+        """The values in rows of 64 from the top left: blue below zero, white at zero, red above."""
+        padded = np.zeros(-(-value.size // _COLUMNS) * _COLUMNS)
+        padded[: value.size] = value
+        largest = float(np.abs(padded).max()) or 1.0
+        share = (padded / largest).reshape(-1, _COLUMNS, 1)
+        faded = 255 * (1 - np.abs(share))
+        red, green, blue = np.where(share > 0, 255, faded), faded, np.where(share < 0, 255, faded)
+        image = np.rint(np.concatenate([red, green, blue], axis=2)).astype(np.uint8)
+        return Picture(image=_draw.enlarged(image, 6), text=f"{value.size} values, ±{largest:.3g}")

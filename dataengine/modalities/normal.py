@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop, crop_map
-from dataengine.modalities import Modality, Picture
-from dataengine.modalities._maps import check_array
+from dataengine.modalities import Kind, Modality, Picture
+from dataengine.modalities import _checks as expect
 
 
 class Normal(Modality):
-    """Unit vectors float32 (h, w, 3): x right, y up, z towards the camera, so that a frontal wall is (0, 0, 1).
+    """Unit vectors float32 (h, w, 3): x right, y up, z towards the camera.
 
-    Stored as 8-bit RGB PNG, (n + 1) / 2 * 255; what comes back is a unit vector within half a degree.
+    Stored as an 8-bit RGB PNG of (n + 1) / 2 * 255, rounded, and scaled to unit length when read: what is read differs
+    by at most 0.4 degrees.
     """
 
-    kind = "map"
-    suffix = "png"
-    lossless = False
+    kind: ClassVar[Kind] = "map"
+    suffix: ClassVar[str] = "png"
+    lossless: ClassVar[bool] = False
 
     def encode(self, value: np.ndarray) -> bytes:
-        """Rounded to 255 steps."""
-        return codecs.encode_png(np.round((value.astype(np.float64) + 1) * 127.5).astype(np.uint8))
+        """An 8-bit RGB PNG."""
+        return codecs.encode_png(_colours(value))
 
     def decode(self, data: bytes) -> np.ndarray:
-        """float32 (h, w, 3) of unit length."""
-        return _unit(codecs.decode_png(data, np.uint8, 3).astype(np.float32) / np.float32(127.5) - 1)
+        """float32 (h, w, 3) of unit length; no stored colour is the null vector."""
+        return _unit(codecs.decode_png(data, np.uint8, 3).astype(np.float32) / 127.5 - 1)
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """float32 (h, w, 3), of unit length within 1 %."""
-        check_array(self.name, value, np.float32, (*size, 3))
-        length = np.linalg.norm(value, axis=-1)
+        """float32 (h, w, 3), finite, of length 1 within 1 %."""
+        expect.array(self.name, value, np.float32, (*size, 3))
+        expect.finite(self.name, value)
+        length = np.linalg.norm(value, axis=2)
         if not (np.abs(length - 1) < 0.01).all():
-            raise ValueError(f"normal: expected unit vectors, got lengths {np.min(length)} to {np.max(length)}")
+            raise ValueError(f"{self.name}: expected vectors of length 1, got {length.min():.3g}..{length.max():.3g}")
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
-        """A frontal wall."""
-        return np.broadcast_to(np.array([0, 0, 1], np.float32), (*size, 3)).copy()
+        """A wall that faces the camera."""
+        return np.broadcast_to(np.array([0, 0, 1], dtype=np.float32), (*size, 3)).copy()
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Random directions."""
-        return _unit(rng.standard_normal((*size, 3)).astype(np.float32))
+        """Uniform on the half of the sphere that faces the camera."""
+        value = rng.standard_normal((*size, 3)).astype(np.float32)
+        return _unit(np.concatenate([value[..., :2], np.abs(value[..., 2:])], axis=2))
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """(side, side, 3) of unit length; a mirror negates x."""
-        cut = _unit(crop_map(value, crop, side, nearest=False))
-        return cut * np.array([-1, 1, 1], np.float32) if crop.hflip else cut
+        """float32 (side, side, 3), again of unit length; a mirrored crop has x negated."""
+        out = _unit(crop_map(value, crop, side, nearest=False))
+        return out * np.array([-1, 1, 1], dtype=np.float32) if crop.hflip else out
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """Directions as colours."""
-        return Picture(image=np.round((value + 1) * 127.5).astype(np.uint8))
+        """Red is right, green is up, blue faces the camera."""
+        return Picture(image=_colours(value))
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Scaled to unit length; what has no length faces the camera."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    facing = np.array([0, 0, 1], np.float32)
-    return np.where(length > 1e-3, vectors / np.maximum(length, 1e-3), facing).astype(np.float32)
+def _colours(value: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint((value.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _unit(value: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(value, axis=2, keepdims=True)
+    # Opposite normals of one cell may cancel out; then the side that is seen is the one that faces the camera.
+    facing = np.array([0, 0, 1], dtype=np.float32)
+    return np.where(length > 1e-6, value / np.maximum(length, 1e-6), facing).astype(np.float32)

@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from dataengine import codecs
 from dataengine.geometry import Crop, crop_map
-from dataengine.modalities import Modality, Picture
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
 
 
 class Rgb(Modality):
-    """uint8 (h, w, 3) RGB, upright. Ingest stores a JPEG or PNG; what is encoded here is JPEG at quality 95, 4:4:4."""
+    """The image uint8 (h, w, 3), RGB, upright; a member is a JPEG or a PNG.
 
-    kind = "map"
-    suffix = "jpg"
-    lossless = False
+    Ingest stores the bytes of the source where it can, so `encode` (a JPEG of quality 95, full chroma) is for images
+    that have none. It is lossy: a few grey levels on smooth areas.
+    """
+
+    kind: ClassVar[Kind] = "map"
+    suffix: ClassVar[str] = "jpg"
+    lossless: ClassVar[bool] = False
 
     def encode(self, value: np.ndarray) -> bytes:
-        """A JPEG, within a few grey levels of the image where it is smooth."""
-        sink = io.BytesIO()
-        Image.fromarray(value).save(sink, "JPEG", quality=95, subsampling=0)
-        return sink.getvalue()
+        """A JPEG of quality 95."""
+        return codecs.encode_jpeg(value)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """uint8 (h, w, 3); orientation tags are not read, a canonical image is upright.
-
-        Pillow, like ingest: another JPEG decoder would give other pixels in the last bit.
-        """
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"no image in {len(data)} bytes: {error}") from error
+        """uint8 (h, w, 3) of a JPEG or PNG; the orientation of EXIF is ignored, as stored images are upright."""
+        return codecs.decode_rgb(data)
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """uint8 (h, w, 3)."""
-        if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape != (*size, 3):
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"rgb: expected uint8 {(*size, 3)}, got {found}")
+        expect.array(self.name, value, np.uint8, (*size, 3))
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """Black."""
-        return np.zeros((*size, 3), np.uint8)
+        return np.zeros((*size, 3), dtype=np.uint8)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Smooth random colours."""
-        return cv2.resize(rng.integers(0, 256, (3, 3, 3), np.uint8), size[::-1], interpolation=cv2.INTER_LINEAR)
+        """Two colours and what lies between them, from corner to corner."""
+        ramp = np.add.outer(np.linspace(0, 0.5, size[0]), np.linspace(0, 0.5, size[1]))[:, :, None]
+        first, last = rng.integers(0, 256, (2, 3))
+        return np.rint(first + ramp * (last - first)).astype(np.uint8)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """(side, side, 3)."""
+        """uint8 (side, side, 3)."""
         return crop_map(value, crop, side, nearest=False)
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
         """Itself."""
-        return Picture(image=value)
+        return Picture(image=_draw.enlarged(value, 1))

@@ -1,9 +1,9 @@
-"""Outlines of the SAM instances."""
+"""Edges of instance masks."""
 
 from __future__ import annotations
 
-from dataengine.modalities._maps import EdgeMap
+from dataengine.modalities._edges import Edges
 
 
-class SamEdge(EdgeMap):
-    """uint8 (h, w), 0 and 255."""
+class SamEdge(Edges):
+    """Edges of instance masks: uint8 (h, w) of 0 and 255."""

@@ -1,102 +1,119 @@
-"""Instance masks of SAM."""
+"""Masks of everything that has an outline."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-from pycocotools import mask as rle
+from pycocotools import mask as coco_mask
 
 from dataengine import codecs
 from dataengine.geometry import Crop, crop_map
-from dataengine.modalities import Modality, Picture
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
+
+_KEYS = ("size", "counts", "bbox", "area", "predicted_iou", "stability_score", "point")
 
 
 class SamInstance(Modality):
-    """A list of COCO run-length masks as JSON.
+    """A list of masks as COCO run lengths, which may overlap, as JSON.
 
-    Each has `size` [h, w], `counts` (the compressed string), `bbox` [x, y, w, h] in pixels and `area` in pixels; masks
-    of a network also have `predicted_iou`, `stability_score` and `point` [x, y].
+    Each is a dict: `size` [h, w] and `counts` (pycocotools' compressed string), `bbox` [x, y, w, h] and `area` in
+    pixels, `predicted_iou` and `stability_score` (about 0..1), `point` [x, y] the query in pixels.
     """
 
-    kind = "instances"
-    suffix = "json"
+    kind: ClassVar[Kind] = "instances"
+    suffix: ClassVar[str] = "json"
 
     def encode(self, value: list[dict[str, Any]]) -> bytes:
-        """JSON."""
+        """Compact JSON."""
         return codecs.encode_json(value)
 
     def decode(self, data: bytes) -> list[dict[str, Any]]:
-        """The list."""
-        value: list[dict[str, Any]] = codecs.decode_json(data)
+        """The list of masks."""
+        value = codecs.decode_json(data)
+        if not isinstance(value, list):
+            raise ValueError(f"{self.name}: expected a list of masks, got {type(value).__name__}")
         return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """Masks of the image's size whose runs cover it and whose areas are what they say."""
+        """Every mask of the image's size, its run lengths readable, its area that of its run lengths."""
         if not isinstance(value, list):
-            raise ValueError(f"sam_instance: expected a list, got {value!r:.100}")
-        for instance in value:
-            if not isinstance(instance, dict) or not {"size", "counts", "bbox", "area"} <= set(instance):
-                raise ValueError(f"sam_instance: expected size, counts, bbox and area, got {instance!r:.100}")
-            if list(instance["size"]) != list(size):
-                raise ValueError(f"sam_instance: expected masks of {list(size)}, got {instance['size']}")
-            area = int(rle.area(_coded(instance)))
-            if area != instance["area"]:
-                raise ValueError(f"sam_instance: expected area {area} of the mask, got {instance['area']}")
+            raise ValueError(f"{self.name}: expected a list of masks, got {type(value).__name__}")
+        for mask in value:
+            expect.dictionary(self.name, mask, _KEYS)
+            if mask["size"] != list(size) or not isinstance(mask["counts"], str):
+                raise ValueError(f"{self.name}: expected a mask of size {list(size)}, got {mask['size']!r:.40}")
+            _check_counts(self.name, mask)
+            expect.numbers(f"{self.name} bbox", mask["bbox"], 4, 0, max(size))
+            expect.numbers(f"{self.name} point", mask["point"], 2, -max(size), 2 * max(size))
+            scores = [mask["predicted_iou"], mask["stability_score"]]
+            expect.numbers(f"{self.name} scores", scores, 2, -10, 10)
 
     def placeholder(self, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """No instance."""
+        """No mask."""
         return []
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """Two rectangles."""
-        out = []
-        for _ in range(2):
-            mask = np.zeros(size, np.uint8)
-            top, left = int(rng.integers(size[0] // 2)), int(rng.integers(size[1] // 2))
-            mask[top : top + size[0] // 2, left : left + size[1] // 2] = 1
-            out.append(instance_of(mask))
-        return out
+        """A disc, and a square inside it."""
+        height, width = size
+        rows, cols = np.mgrid[:height, :width]
+        disc = (rows - height / 2) ** 2 + (cols - width / 2) ** 2 <= (min(size) / 2.5) ** 2
+        square = np.maximum(abs(rows - height / 2), abs(cols - width / 2)) <= min(size) / 6
+        point = [width / 2, height / 2]
+        return [
+            record(mask, point, round(float(rng.random()), 4), round(float(rng.random()), 4)) for mask in (disc, square)
+        ]
 
     def crop(self, value: list[dict[str, Any]], crop: Crop, size: tuple[int, int], side: int) -> list[dict[str, Any]]:
-        """Masks (side, side); those with no pixel in the crop are dropped. Scores stay, points do not."""
+        """Masks of (side, side) pixels, by nearest pixels; those that no pixel is left of are gone.
+
+        A point may come to lie outside of the crop.
+        """
         out = []
-        for instance in value:
-            cut = crop_map(decode_mask(instance), crop, side, nearest=True)
+        for mask in value:
+            cut = crop_map(pixels(mask).astype(np.uint8), crop, side, nearest=True).astype(bool)
             if cut.any():
-                kept = {k: v for k, v in instance.items() if k in ("predicted_iou", "stability_score")}
-                out.append({**instance_of(cut), **kept})
+                x = (mask["point"][0] - crop.left) * side / crop.width
+                y = (mask["point"][1] - crop.top) * side / crop.height
+                point = [round(side - x if crop.hflip else x, 2), round(y, 2)]
+                out.append(record(cut, point, mask["predicted_iou"], mask["stability_score"]))
         return out
 
     def picture(self, value: list[dict[str, Any]], rgb: np.ndarray) -> Picture:
-        """Translucent masks with outlines, the smaller over the larger."""
-        shown = rgb.astype(np.float32)
-        for i, instance in enumerate(sorted(value, key=lambda v: -v["area"])):
-            mask = decode_mask(instance)
-            hue = np.uint8([[[(i * 79) % 180, 200, 255]]])
-            colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
-            shown[mask > 0] = 0.5 * shown[mask > 0] + 0.5 * colour
-            shown[cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0] = colour
-        return Picture(image=shown.astype(np.uint8), text=f"{len(value)} masks" if len(value) != 1 else "1 mask")
+        """Every mask in a colour of its own over the greyed image, the largest at the bottom."""
+        image, _ = _draw.canvas(rgb)
+        height, width = image.shape[:2]
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        image = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+        for i, mask in enumerate(sorted(value, key=lambda m: -m["area"])):
+            large = cv2.resize(pixels(mask).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+            image = _draw.overlay(image, large.astype(bool), _draw.distinct(i))
+        return Picture(image=image, text=f"{len(value)} mask{'' if len(value) == 1 else 's'}")
 
 
-def instance_of(mask: np.ndarray) -> dict[str, Any]:
-    """The run-length entry of a mask uint8 (h, w) of 0 and 1."""
-    coded = rle.encode(np.asfortranarray(mask))
+def record(mask: np.ndarray, point: list[float], predicted_iou: float, stability_score: float) -> dict[str, Any]:
+    """The dict of one mask bool (h, w) that has at least one pixel."""
+    run_lengths = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {
-        "size": [int(v) for v in coded["size"]],
-        "counts": coded["counts"].decode("ascii"),
-        "bbox": [float(v) for v in rle.toBbox(coded)],
+        "size": list(mask.shape),
+        "counts": run_lengths["counts"].decode(),
+        "bbox": [int(v) for v in coco_mask.toBbox(run_lengths)],
         "area": int(mask.sum()),
+        "predicted_iou": predicted_iou,
+        "stability_score": stability_score,
+        "point": point,
     }
 
 
-def decode_mask(instance: dict[str, Any]) -> np.ndarray:
-    """uint8 (h, w) of 0 and 1."""
-    mask: np.ndarray = rle.decode(_coded(instance))
-    return np.ascontiguousarray(mask)
+def pixels(mask: dict[str, Any]) -> np.ndarray:
+    """bool (h, w) of the dict of one mask."""
+    decoded: np.ndarray = coco_mask.decode({"size": mask["size"], "counts": mask["counts"].encode()})
+    return decoded.astype(bool)
 
 
-def _coded(instance: dict[str, Any]) -> dict[str, Any]:
-    return {"size": instance["size"], "counts": instance["counts"].encode("ascii")}
+def _check_counts(name: str, mask: dict[str, Any]) -> None:
+    area = int(coco_mask.area({"size": mask["size"], "counts": mask["counts"].encode()}))
+    if mask["area"] != area or area == 0:
+        raise ValueError(f"{name}: expected the area of the run lengths, {area} > 0, got {mask['area']!r}")

@@ -1,56 +1,66 @@
-"""Semantic segmentation into the classes of COCO panoptic."""
+"""The class of every pixel."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dataengine import coco, codecs
+from dataengine import codecs, coco
 from dataengine.geometry import Crop, crop_map
-from dataengine.modalities import Modality, Picture
-from dataengine.modalities._maps import check_array
+from dataengine.modalities import Kind, Modality, Picture
+from dataengine.modalities import _checks as expect
 
-_COLOURS = np.array([coco.colour(i) for i in range(256)], np.uint8)
+_NUM_SHOWN = 12
 
 
 class Semseg(Modality):
-    """uint8 (h, w): COCO panoptic contiguous ids 0..132, 255 unlabelled; stored as 8-bit PNG."""
+    """COCO panoptic contiguous ids uint8 (h, w): 0..132 (`coco.PANOPTIC`), 255 unlabelled; an 8-bit grey PNG."""
 
-    kind = "map"
-    suffix = "png"
+    kind: ClassVar[Kind] = "map"
+    suffix: ClassVar[str] = "png"
 
     def encode(self, value: np.ndarray) -> bytes:
-        """An 8-bit PNG."""
+        """An 8-bit grey PNG."""
         return codecs.encode_png(value)
 
     def decode(self, data: bytes) -> np.ndarray:
         """uint8 (h, w)."""
-        return codecs.decode_png(data, np.uint8, 1)
+        return codecs.decode_png(data, np.uint8)
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """uint8 (h, w) of known ids."""
-        check_array(self.name, value, np.uint8, size)
-        unknown = np.setdiff1d(value, (*range(len(coco.NAMES)), coco.UNLABELLED))
-        if len(unknown):
-            raise ValueError(f"semseg: expected ids 0..{len(coco.NAMES) - 1} or 255, got {unknown[:5]}")
+        """uint8 (h, w), 0..132 or 255."""
+        expect.array(self.name, value, np.uint8, size)
+        others = np.setdiff1d(value, (*range(len(coco.PANOPTIC)), coco.UNLABELLED))
+        if others.size:
+            raise ValueError(f"{self.name}: expected ids 0..132 or 255, got {others[:5].tolist()}")
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """All unlabelled."""
-        return np.full(size, coco.UNLABELLED, np.uint8)
+        return np.full(size, coco.UNLABELLED, dtype=np.uint8)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Random ids."""
-        return rng.choice(np.array([*range(len(coco.NAMES)), 255], np.uint8), size)
+        """Any ids, and unlabelled."""
+        ids = rng.integers(-1, len(coco.PANOPTIC), size)
+        return np.where(ids < 0, coco.UNLABELLED, ids).astype(np.uint8)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """(side, side), nearest pixel."""
-        return crop_map(value, crop, side, nearest=True)
+        """uint8 (side, side), the nearest pixel's id; outside of the image is unlabelled."""
+        # 255 + 1 wraps to the 0 that the crop is padded with.
+        return crop_map(value + np.uint8(1), crop, side, nearest=True) - np.uint8(1)
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """A colour for each class; the legend has the largest first."""
+        """COCO's colours, and a legend of the classes by area."""
         ids, counts = np.unique(value, return_counts=True)
-        largest = ids[np.argsort(-counts, kind="stable")][:8]
-        names = [coco.NAMES[i] if i < len(coco.NAMES) else "unlabelled" for i in largest]
-        legend = tuple((n.removesuffix("-merged"), coco.colour(int(i))) for n, i in zip(names, largest, strict=True))
-        return Picture(image=_COLOURS[value], legend=legend)
+        order = np.argsort(-counts, kind="stable")[:_NUM_SHOWN]
+        palette = coco.palette()
+        legend = tuple(
+            (f"{coco.name_of(int(ids[i]))} {100 * counts[i] / value.size:.0f} %", _colour(palette[ids[i]]))
+            for i in order
+        )
+        return Picture(image=palette[value], legend=legend)
+
+
+def _colour(row: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = row.tolist()
+    return red, green, blue

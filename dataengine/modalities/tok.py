@@ -1,67 +1,70 @@
-"""Discrete tokens of another modality: every `tok_<modality>@<side>`."""
+"""Token ids of another modality, crop by crop."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import re
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Modality, Picture
+from dataengine.modalities import Kind, Modality, Picture, _draw
+from dataengine.modalities import _checks as expect
+
+_NAME = re.compile(r"tok_[A-Za-z0-9_-]+?(@(?P<side>[1-9]\d*)|_global)")
+_LARGEST = np.iinfo(np.int16).max
 
 
-class Tokens(Modality):
-    """uint16 (n_crops, n_tokens), a row for each row of the crop settings, the grid row by row.
+class Tok(Modality):
+    """Ids uint16 (n_crops, n_tokens) in 0..32767, the token grid row by row, one row of ids for a row of crop_settings.
 
-    Stored as ml-4m does, int16 npy: no vocabulary of its has more than 16,384 ids, none of ours more than 32,768.
+    The name says what of and at which side of the crop in pixels: `tok_depth@224`, or `tok_dinov2_global` of a vector.
+    Stored as an int16 .npy, as ml-4m reads it.
     """
 
-    kind = "tokens"
-    suffix = "npy"
+    kind: ClassVar[Kind] = "tokens"
+    suffix: ClassVar[str] = "npy"
+
+    def __init__(self, name: str) -> None:
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"modality {name!r}: expected tok_<modality>@<side> or tok_<modality>_global")
+        super().__init__(name)
 
     def encode(self, value: np.ndarray) -> bytes:
-        """A plain .npy of int16."""
+        """A NumPy file of int16."""
+        expect.within(self.name, value, 0, _LARGEST)
         return codecs.encode_npy(value.astype(np.int16))
 
     def decode(self, data: bytes) -> np.ndarray:
         """uint16 (n_crops, n_tokens)."""
-        stored = codecs.decode_npy(data)
-        if stored.dtype != np.int16 or stored.ndim != 2 or stored.min(initial=0) < 0:
-            raise ValueError(
-                f"{self.name}: expected int16 (n_crops, n_tokens) from 0, got {stored.dtype} {stored.shape}"
-            )
-        return stored.astype(np.uint16)
+        value = codecs.decode_npy(data)
+        expect.array(self.name, value, np.int16, ("n_crops", "n_tokens"))
+        expect.within(self.name, value, 0, _LARGEST)
+        return value.astype(np.uint16)
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
-        """uint16 (n_crops, n_tokens) below 32768."""
-        if not isinstance(value, np.ndarray) or value.dtype != np.uint16 or value.ndim != 2 or 0 in value.shape:
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"{self.name}: expected uint16 (n_crops, n_tokens), got {found}")
-        if value.max() > np.iinfo(np.int16).max:
-            raise ValueError(f"{self.name}: expected ids up to 32767, got {value.max()}")
+        """uint16 (n_crops, n_tokens) in 0..32767."""
+        expect.array(self.name, value, np.uint16, ("n_crops", "n_tokens"))
+        expect.within(self.name, value, 0, _LARGEST)
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
-        """One crop of one token 0."""
-        return np.zeros((1, 1), np.uint16)
+        """One 0: how many crops and tokens there would have been, only the tokenizer knows."""
+        return np.zeros((1, 1), dtype=np.uint16)
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        """Two crops of 8 x 8 tokens."""
-        return rng.integers(0, 1024, (2, 64)).astype(np.uint16)
+        """Two crops of 4 x 4 tokens."""
+        return rng.integers(0, 8192, (2, 16)).astype(np.uint16)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
-        """Unchanged: there is a row for each crop already."""
+        """Unchanged: the crop is in the ids, choose a row instead."""
         return value
 
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
-        """The grid of the first crop, a colour for each id; the ids themselves where it is no square."""
-        ids = value[0].astype(np.uint32)
-        side = math.isqrt(len(ids))
-        if side * side != len(ids):
-            return Picture(text=" ".join(map(str, ids)))
-        mixed = ids * np.uint32(2654435761)  # Knuth's multiplicative hash: near ids get far colours
-        colours = np.stack([(mixed >> s) & 255 for s in (8, 16, 24)], axis=-1).astype(np.uint8)
-        shown = cv2.resize(colours.reshape(side, side, 3), (128, 128), interpolation=cv2.INTER_NEAREST)
-        return Picture(image=shown, text=f"{len(np.unique(ids))} different of {len(ids)}")
+        """The ids of the first crop as colours on their grid where that is a square, and in words where it is not."""
+        side = round(value.shape[1] ** 0.5)
+        text = f"{value.shape[0]} crop{'' if len(value) == 1 else 's'} of {value.shape[1]} tokens"
+        if side**2 != value.shape[1]:
+            return Picture(text=f"{text}: {' '.join(map(str, value[0].tolist()))}")
+        colours = np.array([_draw.distinct(int(i)) for i in value[0]], dtype=np.uint8).reshape(side, side, 3)
+        return Picture(image=_draw.enlarged(colours, max(1, round(224 / side))), text=text)

@@ -1,0 +1,52 @@
+"""What a value must be: each function passes or raises ValueError with what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+
+def array(name: str, value: Any, dtype: type[np.generic], shape: Sequence[int | str]) -> None:
+    """An array of a dtype and a shape; a word in `shape` stands for any length of at least one."""
+    expected = f"{np.dtype(dtype)} ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+    fits = len(shape) == value.ndim and all(
+        found == wanted if isinstance(wanted, int) else found > 0
+        for found, wanted in zip(value.shape, shape, strict=True)
+    )
+    if value.dtype != dtype or not fits:
+        raise ValueError(f"{name}: expected {expected}, got {value.dtype} {value.shape}")
+
+
+def finite(name: str, value: np.ndarray) -> None:
+    """No nan and no infinity."""
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name}: expected finite values, got {value.size - int(np.isfinite(value).sum())} others")
+
+
+def within(name: str, value: np.ndarray, low: float, high: float) -> None:
+    """All values in low..high."""
+    if value.size and not (low <= value.min() and value.max() <= high):
+        raise ValueError(f"{name}: expected values in {low}..{high}, got {value.min():g}..{value.max():g}")
+
+
+def dictionary(name: str, value: Any, keys: Sequence[str]) -> None:
+    """A dict that has these keys (and perhaps others)."""
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{name}: expected a dict with {', '.join(keys)}, got {found}")
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite int or float, as JSON can say it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def numbers(name: str, value: Any, count: int, low: float, high: float) -> None:
+    """A list of `count` finite numbers in low..high."""
+    good = isinstance(value, list) and len(value) == count and all(is_number(v) and low <= v <= high for v in value)
+    if not good:
+        raise ValueError(f"{name}: expected {count} numbers in {low:g}..{high:g}, got {value!r:.80}")
