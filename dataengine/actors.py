@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from dataengine.work import Report, Task, Worker
+from dataengine.work import Report, Task, Work, Worker
 
 MAX_DEATHS = 3
 """How many times one task may take its process down with it before the run stops."""
@@ -25,10 +25,15 @@ class _Actor:
     """One process, one started worker."""
 
     def __init__(self, worker: Worker, device: str) -> None:
-        self._run = worker.start(device)
+        self._worker, self._device = worker, device
+        self._work: Work | None = None
 
     def run(self, task: Task) -> Report:
-        return self._run(task)
+        # Started by the first task and not by the constructor: a worker that cannot start (no weights, a missing
+        # package) then raises its own error, where Ray would report a dead actor.
+        if self._work is None:
+            self._work = self._worker.start(self._device)
+        return self._work(task)
 
 
 def run(
@@ -57,7 +62,7 @@ def _start() -> None:
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
-    ray.init(log_to_driver=False, logging_level="warning", **options)
+    ray.init(log_to_driver=False, logging_level="error", **options)
 
 
 def _drive(
@@ -90,5 +95,7 @@ def _drive(
             waiting.appendleft(task)
             idle.append(spawn())
             continue
+        except RayTaskError as error:
+            raise error.cause from error
         idle.append(actor)
         on_report(report)

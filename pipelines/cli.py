@@ -57,7 +57,7 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
             _fail(error, 3)
         except Conflict as error:
             _fail(error, 5)
-        except (NotADataset, ValueError, FileNotFoundError) as error:
+        except (NotADataset, ValueError, FileNotFoundError, ImportError) as error:
             _fail(error, 2)
 
     return wrapped

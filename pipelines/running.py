@@ -68,7 +68,8 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The summary as plain values."""
-        return {**dataclasses.asdict(self), "seconds": round(self.seconds, 3)}
+        counts = {name: dict(getattr(self, name)) for name in ("invalid", "labelled", "reasons")}
+        return {**vars(self), **counts, "seconds": round(self.seconds, 3)}
 
 
 def execute(
