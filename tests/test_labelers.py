@@ -19,7 +19,6 @@ from dataengine import modalities, plugins
 from dataengine.labeler import Labeler
 from dataengine.sample import Sample
 
-
 SIZES = ((96, 128), (130, 70), (64, 64))
 """Heights and widths of one batch, in pixels."""
 

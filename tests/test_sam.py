@@ -16,7 +16,6 @@ from labelers import _checkpoints, _sam
 from labelers.sam import Sam
 from labelers.sam_edge import SamEdge
 
-
 PHOTO = np.ascontiguousarray(skimage.data.chelsea()[60:210, 60:300])
 
 
