@@ -139,9 +139,11 @@ class Scenes(Corpus):
 
 
 def _masks(instance: np.ndarray) -> list[dict[str, Any]]:
-    """COCO-RLE of every thing, largest first, with its box [x, y, width, height] in pixels."""
+    """COCO-RLE of every thing, largest first, with its box [x, y, width, height] in pixels and a point inside it."""
     masks = []
     for number in range(1, int(instance.max()) + 1):
+        inside = np.argwhere(instance == number)
+        y, x = inside[((inside - inside.mean(axis=0)) ** 2).sum(axis=1).argmin()]
         encoded = coco_mask.encode(np.asfortranarray(instance == number, dtype=np.uint8))
         masks.append(
             {
@@ -151,6 +153,7 @@ def _masks(instance: np.ndarray) -> list[dict[str, Any]]:
                 "area": int(coco_mask.area(encoded)),
                 "predicted_iou": 1.0,
                 "stability_score": 1.0,
+                "point": [int(x), int(y)],
             }
         )
     return sorted(masks, key=lambda mask: -mask["area"])
