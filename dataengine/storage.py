@@ -120,13 +120,18 @@ def open_url(url: str) -> IO[bytes]:
 
 
 def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The URLs that a file, a folder, a glob or a brace range (`{000..012}`) names, sorted, kept when a suffix fits."""
-    if "{" in url:
+    """The URLs that a file, a folder, a glob or a brace range (`{000..012}`) names, sorted, kept when a suffix fits.
+
+    A name that exists as it stands is taken literally; what a brace range names need not exist.
+    """
+    fs, path = url_to_fs(url)
+    pattern = any(c in path for c in "*?[{") and not fs.exists(path)
+    if pattern and "{" in url:
         import braceexpand
 
-        return [u for u in braceexpand.braceexpand(url) if u.lower().endswith(suffixes)]
-    fs, path = url_to_fs(url)
-    if any(c in path for c in "*?["):
+        each = (expand(u, suffixes) if any(c in u for c in "*?[") else [u] for u in braceexpand.braceexpand(url))
+        return sorted(u for urls in each for u in urls if u.lower().endswith(suffixes))
+    if pattern:
         found = fs.glob(path)
     elif fs.isfile(path):
         found = [path]

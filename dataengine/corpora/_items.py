@@ -1,4 +1,4 @@
-"""What an item of a corpus holds, as other tools write it: captions in many spellings, an image as bytes or by its place."""
+"""What an item of a corpus holds, as other tools write it: captions in many spellings, an image or its place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ IMAGE_SUFFIXES = (
 )
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "TEXT", "alt_text", "sentences")
 _ATTEMPTS = 4
+WAIT = tenacity.wait_random_exponential(max=30)  # seconds between attempts
 
 
 def captions(value: Any) -> tuple[str, ...]:
-    """The non-empty captions in a text, a list, or a dict that has one under a usual name; ValueError for anything else."""
+    """The non-empty captions in a text, a list, or a dict with one under a usual name; else ValueError."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ()
     if isinstance(value, bytes):
@@ -79,7 +80,7 @@ def _whole(url: str) -> bytes:
 def _fetch(url: str) -> bytes:
     again = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
-        wait=tenacity.wait_random_exponential(max=30),
+        wait=WAIT,
         retry=tenacity.retry_if_not_exception_type((FileNotFoundError, ValueError)),
         reraise=True,
     )

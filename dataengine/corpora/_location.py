@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -58,11 +59,6 @@ class Files:
         """The path, in the filesystem, of a relative name."""
         return f"{self.root}/{name}"
 
-    def read(self, name: str) -> bytes:
-        """A whole file."""
-        data: bytes = self.fs.cat_file(self.path(name))
-        return data
-
     def open(self, name: str) -> Any:
         """A file as a seekable binary stream."""
         return self.fs.open(self.path(name), "rb")
@@ -76,5 +72,5 @@ def pieces(source: str, bounds: Iterable[tuple[int, int]], shard_size: int) -> l
     for start, stop in bounds:
         count = -(-(stop - start) // shard_size)
         edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
-        out += [Split(source, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        out += [Split(source, a, b) for a, b in pairwise(edges)]
     return out

@@ -6,12 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataengine import storage
 from dataengine.corpora import Corpus, RawSample, Split, _items, _location
 from dataengine.keys import make_key
 
@@ -22,8 +23,8 @@ _PATH_NAMES = ("file_name", "image", "path", "file")
 class Folder(Corpus):
     """Images by their extension, however deep and in either case; names that begin with a dot are left out.
 
-    Captions: `<stem>.txt` (one) or `<stem>.json` beside the image, else the root's `captions.json` (path to captions), or
-    `captions.jsonl`, `captions.csv`, `metadata.jsonl`, `metadata.csv` with a path and a caption in each row.
+    Captions: `<stem>.txt` (one) or `<stem>.json` beside the image, else the root's `captions.json` (path to captions),
+    or `captions.jsonl`, `captions.csv`, `metadata.jsonl`, `metadata.csv` with a path and a caption in each row.
     """
 
     def __init__(self, location: str) -> None:
@@ -35,14 +36,17 @@ class Folder(Corpus):
         return {"location": self.location, "_url": self._url}
 
     @cached_property
-    def _files(self) -> _location.Files:
-        return _location.Files(self._url, ("",))
+    def _place(self) -> tuple[Any, str]:
+        """The filesystem and the folder's path in it."""
+        fs, root = storage.split_url(self._url)
+        if not fs.isdir(root):
+            raise ValueError(f"folder:{self.location}: expected a folder, found none")
+        return fs, root.rstrip("/")
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        if not self._files.fs.isdir(self._files.root):
-            raise ValueError(f"folder:{self.location}: expected a folder, found none")
-        names = (path[len(self._files.root) :].lstrip("/") for path in self._files.fs.find(self._files.root))
+        fs, root = self._place
+        names = (path[len(root) :].lstrip("/") for path in fs.find(root))
         return frozenset(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
     @cached_property
@@ -55,7 +59,7 @@ class Folder(Corpus):
         out: dict[str, tuple[str, ...]] = {}
         for name in _TABLES:
             if name in self._names:
-                for path, texts in _rows(name, self._files.read(name).decode("utf-8-sig")):
+                for path, texts in _rows(name, self._read(name).decode("utf-8-sig")):
                     known = path.removeprefix("./")
                     out[known] = out.get(known, ()) + texts
         if out and self._images and out.keys().isdisjoint(self._images):
@@ -78,14 +82,22 @@ class Folder(Corpus):
             folders, _, file = name.rpartition("/")
             stem, _, suffix = file.rpartition(".")
             key = make_key(*folders.split("/"), stem, suffix) if folders else make_key(stem, suffix)
-            yield _items.attempt(key, name, lambda name=name: (self._files.read(name), self._captions(name)))  # type: ignore[misc]
+            yield _items.attempt(key, name, partial(self._load, name))
+
+    def _load(self, name: str) -> tuple[bytes, tuple[str, ...]]:
+        return self._read(name), self._captions(name)
+
+    def _read(self, name: str) -> bytes:
+        fs, root = self._place
+        data: bytes = fs.cat_file(f"{root}/{name}")
+        return data
 
     def _captions(self, name: str) -> tuple[str, ...]:
         stem = name.rpartition(".")[0]
         if f"{stem}.txt" in self._names:
-            return _items.captions(self._files.read(f"{stem}.txt"))
+            return _items.captions(self._read(f"{stem}.txt"))
         if f"{stem}.json" in self._names and f"{stem}.json" not in _TABLES:
-            return _items.json_captions(self._files.read(f"{stem}.json"))
+            return _items.json_captions(self._read(f"{stem}.json"))
         return self._table.get(name, ())
 
     @classmethod

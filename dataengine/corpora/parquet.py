@@ -62,6 +62,8 @@ class Parquet(Corpus):
                 for row, cells in enumerate(self._rows(stream, split)):
                     yield from self._items(files, split, split.start + row * _BATCH, cells)
                     read += len(cells)
+            if read < split.stop - split.start:
+                raise ValueError(f"{split.source} has changed: row {split.start + read} is not there any more")
         except (OSError, pa.ArrowException) as error:
             for row in range(split.start + read, split.stop):
                 key, source = _names(split.source, row)

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +56,7 @@ class WebDataset(Corpus):
             ]
 
     def read(self, split: Split) -> Iterator[RawSample]:
-        """The items of a tar in the order of their first members; ValueError when the tar is not the one that was split."""
+        """The items of a tar in the order of their first members; ValueError when it has fewer than were split."""
         files = self._files()
         items = _index_file(files, split.source)
         if len(items) < split.stop:
@@ -70,7 +71,7 @@ class WebDataset(Corpus):
                 repeat = [f"#{item.repeat}"] if item.repeat else []
                 key = make_key(*tar, *item.name.split("/"), *repeat)
                 source = f"{split.source}/{item.name}"
-                yield _items.attempt(key, source, lambda item=item: self._load(stream, item))  # type: ignore[misc]
+                yield _items.attempt(key, source, partial(self._load, stream, item))
 
     def _load(self, stream: IO[bytes], item: _Item) -> tuple[bytes, tuple[str, ...]]:
         if item.error:
