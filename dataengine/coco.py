@@ -34,23 +34,23 @@ _PAIRS = tuple(entry.rsplit(maxsplit=1) for entry in _CLASSES.replace("\n", " ")
 UNLABELLED = 255
 """The id of a pixel without a class."""
 
-PANOPTIC: tuple[str, ...] = tuple(name.strip() for name, _ in _PAIRS)
+NAMES: tuple[str, ...] = tuple(name.strip() for name, _ in _PAIRS)
 """The class names by id 0..132."""
 
-THINGS: tuple[str, ...] = PANOPTIC[:80]
+THINGS: tuple[str, ...] = NAMES[:80]
 """The names of countable objects, which are also the classes of COCO detection, by id 0..79."""
 
-COLOURS = np.array([list(bytes.fromhex(colour)) for _, colour in _PAIRS], dtype=np.uint8)
-"""uint8 (133, 3): the RGB colour of each class."""
+COLOURS = np.zeros((256, 3), dtype=np.uint8)
+"""uint8 (256, 3): the RGB colour for every value of an 8-bit map, black where there is no class."""
+COLOURS[: len(NAMES)] = [list(bytes.fromhex(code)) for _, code in _PAIRS]
 
 
-def name_of(class_id: int) -> str:
+def name(class_id: int) -> str:
     """The name of an id as it occurs in a map: a class, or "unlabelled"."""
-    return PANOPTIC[class_id] if class_id < len(PANOPTIC) else "unlabelled"
+    return NAMES[class_id] if class_id < len(NAMES) else "unlabelled"
 
 
-def palette() -> np.ndarray:
-    """uint8 (256, 3): a colour for every value of an 8-bit map, black where there is no class."""
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(COLOURS)] = COLOURS
-    return table
+def colour(class_id: int) -> tuple[int, int, int]:
+    """The colour of an id as it occurs in a map; unlabelled is black."""
+    red, green, blue = COLOURS[class_id].tolist()
+    return red, green, blue

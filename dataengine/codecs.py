@@ -8,10 +8,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 # Run-length matching: on depth, ids and edges it is as small as zlib's default search and two to five times as fast.
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
-_JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -19,14 +19,22 @@ def encode_png(values: np.ndarray) -> bytes:
     """A PNG of uint8 (h, w), uint16 (h, w) or RGB uint8 (h, w, 3); lossless."""
     if values.ndim == 3:
         values = cv2.cvtColor(np.ascontiguousarray(values), cv2.COLOR_RGB2BGR)
-    return _imencode(".png", values, _PNG)
+    done, data = cv2.imencode(".png", values, _PNG)
+    if not done:
+        raise ValueError(f"no PNG can hold {values.dtype} {values.shape}")
+    return data.tobytes()
 
 
 def decode_png(data: bytes, dtype: type[np.generic], channels: int | None = None) -> np.ndarray:
     """The values of a PNG: (h, w), or RGB (h, w, channels); ValueError when it is damaged or of another kind."""
     if not data.startswith(_MAGIC):
         raise ValueError(f"expected a PNG, got {data[:8]!r}")
-    values = _imdecode(data, cv2.IMREAD_UNCHANGED)
+    try:
+        values = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ValueError(f"no readable PNG: {error}") from error
+    if values is None:
+        raise ValueError(f"no readable PNG in {len(data)} bytes")
     found = None if values.ndim == 2 else values.shape[2]
     if values.dtype != dtype or found != channels:
         kind = f"{np.dtype(dtype)} PNG with {channels or 1} channels"
@@ -36,32 +44,21 @@ def decode_png(data: bytes, dtype: type[np.generic], channels: int | None = None
 
 def encode_jpeg(rgb: np.ndarray) -> bytes:
     """A JPEG of RGB uint8 (h, w, 3), quality 95, without chroma subsampling."""
-    return _imencode(".jpg", cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR), _JPEG)
+    stream = io.BytesIO()
+    Image.fromarray(rgb).save(stream, "JPEG", quality=95, subsampling=0)
+    return stream.getvalue()
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """RGB uint8 (h, w, 3) of a JPEG or PNG as its pixels lie there: an EXIF orientation is not applied."""
-    return _imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    """RGB uint8 (h, w, 3) of a JPEG or PNG as its pixels lie there: an EXIF orientation is not applied.
 
-
-def _imencode(suffix: str, values: np.ndarray, settings: tuple[int, ...]) -> bytes:
+    By Pillow, as ingest does: another JPEG decoder gives other pixels in the last bit.
+    """
     try:
-        done, data = cv2.imencode(suffix, values, settings)
-    except cv2.error as error:
-        raise ValueError(f"no {suffix} can hold {values.dtype} {values.shape}") from error
-    if not done:
-        raise ValueError(f"no {suffix} can hold {values.dtype} {values.shape}")
-    return data.tobytes()
-
-
-def _imdecode(data: bytes, flags: int) -> np.ndarray:
-    try:
-        values = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags) if data else None
-    except cv2.error as error:
-        raise ValueError(f"no readable image: {error.err}") from error
-    if values is None:
-        raise ValueError(f"no readable image in {len(data)} bytes that begin {data[:8]!r}")
-    return values
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no readable image in {len(data)} bytes that begin {data[:8]!r}: {error}") from error
 
 
 def encode_npy(values: np.ndarray) -> bytes:

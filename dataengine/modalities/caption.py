@@ -33,9 +33,10 @@ class Caption(TextLike):
         value = codecs.decode_json(data)
         entries = value if isinstance(value, list) else [value]
         captions = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
-        if not all(isinstance(caption, str) for caption in captions):
+        strings = [caption for caption in captions if isinstance(caption, str)]
+        if len(strings) != len(captions):
             raise ValueError(f"{self.name}: expected strings, got {value!r:.80}")
-        return captions
+        return strings
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """A list of strings that UTF-8 can say."""
@@ -63,11 +64,12 @@ class Caption(TextLike):
         return [[caption] for caption in value]
 
     def parse(self, text: str) -> tuple[list[str], list[str]]:
-        """One caption, without the words of other grammars, each of which is a complaint; none when nothing is left."""
+        """One caption, without the words of other grammars; each of those is a complaint, and so is an empty text."""
         said = until_end(text)
         foreign = SPECIAL.findall(said)
         caption = " ".join(SPECIAL.sub(" ", said).split()) if foreign else said
-        return [caption] if caption else [], [f"{quoted(word)} is no word of a caption" for word in foreign]
+        complaints = [f"{quoted(word)} is no word of a caption" for word in foreign]
+        return ([caption], complaints) if caption else ([], [*complaints, "expected words, got none"])
 
     def picture(self, value: list[str], rgb: np.ndarray) -> Picture:
         """One line a caption."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from dataengine import codecs, coco
+from dataengine import coco, codecs
 from dataengine.geometry import Crop, crop_boxes
 from dataengine.modalities import Kind, Picture, TextLike, _draw
 from dataengine.modalities import _checks as expect
@@ -40,7 +40,7 @@ class Det(TextLike):
         """The dict of instances."""
         value = codecs.decode_json(data)
         expect.dictionary(self.name, value, ("instances",))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """Boxes in 0..1 with an area, COCO's names, scores in 0..1."""
@@ -63,7 +63,7 @@ class Det(TextLike):
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> dict[str, Any]:
         """Three boxes."""
-        corners = np.round(rng.uniform(0, 0.5, (3, 4)) + [0, 0, 0.5, 0.5], 4)
+        corners = np.round(rng.uniform((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1), (3, 4)), 4)
         names = [coco.THINGS[i] for i in rng.integers(0, len(coco.THINGS), 3)]
         return {
             "instances": [
@@ -120,9 +120,9 @@ class Det(TextLike):
         shown = sorted((i for i in value["instances"] if i["score"] >= _SHOWN_SCORE), key=lambda i: i["score"])
         for instance in shown:
             x0, y0, x1, y1 = np.multiply(instance["boxes"], (width, height, width, height)).tolist()
-            red, green, blue = coco.COLOURS[coco.THINGS.index(instance["class_name"])].tolist()
+            colour = coco.colour(coco.NAMES.index(instance["class_name"]))
             label = f"{instance['class_name']} {instance['score']:.2f}"
-            image = _draw.rectangle(image, x0, y0, x1, y1, (red, green, blue), label)
+            image = _draw.rectangle(image, x0, y0, x1, y1, colour, label)
         hidden = len(value["instances"]) - len(shown)
         text = f"{len(shown)} box{'' if len(shown) == 1 else 'es'}"
         return Picture(image=image, text=f"{text}, {hidden} more below {_SHOWN_SCORE}" if hidden else text)

@@ -108,7 +108,7 @@ class Metadata(TextLike):
         """The dict."""
         value = codecs.decode_json(data)
         expect.dictionary(self.name, value, ())
-        return value  # type: ignore[no-any-return]
+        return value
 
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """Known keys, ints where a kind is whole (ml-4m breaks on 3.0), finite numbers elsewhere."""

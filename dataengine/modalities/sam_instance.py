@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import cv2
@@ -13,14 +14,15 @@ from dataengine.geometry import Crop, crop_map
 from dataengine.modalities import Kind, Modality, Picture, _draw
 from dataengine.modalities import _checks as expect
 
-_KEYS = ("size", "counts", "bbox", "area", "predicted_iou", "stability_score", "point")
+_SCORES = ("predicted_iou", "stability_score")
 
 
 class SamInstance(Modality):
     """A list of masks as COCO run lengths, which may overlap, as JSON.
 
     Each is a dict: `size` [h, w] and `counts` (pycocotools' compressed string), `bbox` [x, y, w, h] and `area` in
-    pixels, `predicted_iou` and `stability_score` (about 0..1), `point` [x, y] the query in pixels.
+    pixels; a network's masks also have `predicted_iou` and `stability_score` (about 0..1) and `point` [x, y], the query
+    in pixels.
     """
 
     kind: ClassVar[Kind] = "instances"
@@ -42,14 +44,14 @@ class SamInstance(Modality):
         if not isinstance(value, list):
             raise ValueError(f"{self.name}: expected a list of masks, got {type(value).__name__}")
         for mask in value:
-            expect.dictionary(self.name, mask, _KEYS)
+            expect.dictionary(self.name, mask, ("size", "counts", "bbox", "area"))
             if mask["size"] != list(size) or not isinstance(mask["counts"], str):
                 raise ValueError(f"{self.name}: expected a mask of size {list(size)}, got {mask['size']!r:.40}")
             _check_counts(self.name, mask)
             expect.numbers(f"{self.name} bbox", mask["bbox"], 4, 0, max(size))
-            expect.numbers(f"{self.name} point", mask["point"], 2, -max(size), 2 * max(size))
-            scores = [mask["predicted_iou"], mask["stability_score"]]
-            expect.numbers(f"{self.name} scores", scores, 2, -10, 10)
+            expect.numbers(f"{self.name} point", mask.get("point", [0, 0]), 2, -math.inf, math.inf)
+            scores = [mask.get(score, 0) for score in _SCORES]
+            expect.numbers(f"{self.name} scores", scores, len(_SCORES), -math.inf, math.inf)
 
     def placeholder(self, size: tuple[int, int]) -> list[dict[str, Any]]:
         """No mask."""
@@ -61,9 +63,10 @@ class SamInstance(Modality):
         rows, cols = np.mgrid[:height, :width]
         disc = (rows - height / 2) ** 2 + (cols - width / 2) ** 2 <= (min(size) / 2.5) ** 2
         square = np.maximum(abs(rows - height / 2), abs(cols - width / 2)) <= min(size) / 6
-        point = [width / 2, height / 2]
+        scores = rng.random((2, len(_SCORES))).round(4).tolist()
         return [
-            record(mask, point, round(float(rng.random()), 4), round(float(rng.random()), 4)) for mask in (disc, square)
+            {**record(mask), **dict(zip(_SCORES, two, strict=True)), "point": [width / 2, height / 2]}
+            for mask, two in zip((disc, square), scores, strict=True)
         ]
 
     def crop(self, value: list[dict[str, Any]], crop: Crop, size: tuple[int, int], side: int) -> list[dict[str, Any]]:
@@ -75,10 +78,11 @@ class SamInstance(Modality):
         for mask in value:
             cut = crop_map(pixels(mask).astype(np.uint8), crop, side, nearest=True).astype(bool)
             if cut.any():
-                x = (mask["point"][0] - crop.left) * side / crop.width
-                y = (mask["point"][1] - crop.top) * side / crop.height
-                point = [round(side - x if crop.hflip else x, 2), round(y, 2)]
-                out.append(record(cut, point, mask["predicted_iou"], mask["stability_score"]))
+                out.append({**mask, **record(cut)})
+                if "point" in mask:
+                    x = (mask["point"][0] - crop.left) * side / crop.width
+                    y = (mask["point"][1] - crop.top) * side / crop.height
+                    out[-1]["point"] = [round(side - x if crop.hflip else x, 2), round(y, 2)]
         return out
 
     def picture(self, value: list[dict[str, Any]], rgb: np.ndarray) -> Picture:
@@ -93,17 +97,14 @@ class SamInstance(Modality):
         return Picture(image=image, text=f"{len(value)} mask{'' if len(value) == 1 else 's'}")
 
 
-def record(mask: np.ndarray, point: list[float], predicted_iou: float, stability_score: float) -> dict[str, Any]:
-    """The dict of one mask bool (h, w) that has at least one pixel."""
+def record(mask: np.ndarray) -> dict[str, Any]:
+    """The dict of one mask bool (h, w) that has at least one pixel, without scores and point."""
     run_lengths = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {
         "size": list(mask.shape),
         "counts": run_lengths["counts"].decode(),
         "bbox": [int(v) for v in coco_mask.toBbox(run_lengths)],
         "area": int(mask.sum()),
-        "predicted_iou": predicted_iou,
-        "stability_score": stability_score,
-        "point": point,
     }
 
 

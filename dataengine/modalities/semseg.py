@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dataengine import codecs, coco
+from dataengine import coco, codecs
 from dataengine.geometry import Crop, crop_map
 from dataengine.modalities import Kind, Modality, Picture
 from dataengine.modalities import _checks as expect
@@ -15,7 +15,7 @@ _NUM_SHOWN = 12
 
 
 class Semseg(Modality):
-    """COCO panoptic contiguous ids uint8 (h, w): 0..132 (`coco.PANOPTIC`), 255 unlabelled; an 8-bit grey PNG."""
+    """COCO panoptic contiguous ids uint8 (h, w): 0..132 (`coco.NAMES`), 255 unlabelled; an 8-bit grey PNG."""
 
     kind: ClassVar[Kind] = "map"
     suffix: ClassVar[str] = "png"
@@ -31,7 +31,7 @@ class Semseg(Modality):
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """uint8 (h, w), 0..132 or 255."""
         expect.array(self.name, value, np.uint8, size)
-        others = np.setdiff1d(value, (*range(len(coco.PANOPTIC)), coco.UNLABELLED))
+        others = np.setdiff1d(value, (*range(len(coco.NAMES)), coco.UNLABELLED))
         if others.size:
             raise ValueError(f"{self.name}: expected ids 0..132 or 255, got {others[:5].tolist()}")
 
@@ -41,7 +41,7 @@ class Semseg(Modality):
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
         """Any ids, and unlabelled."""
-        ids = rng.integers(-1, len(coco.PANOPTIC), size)
+        ids = rng.integers(-1, len(coco.NAMES), size)
         return np.where(ids < 0, coco.UNLABELLED, ids).astype(np.uint8)
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
@@ -53,14 +53,9 @@ class Semseg(Modality):
         """COCO's colours, and a legend of the classes by area."""
         ids, counts = np.unique(value, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:_NUM_SHOWN]
-        palette = coco.palette()
+        names = [coco.name(ids[i]).removesuffix("-merged") for i in order]
+        shares = [f"{100 * counts[i] / value.size:.0f} %" for i in order]
         legend = tuple(
-            (f"{coco.name_of(int(ids[i]))} {100 * counts[i] / value.size:.0f} %", _colour(palette[ids[i]]))
-            for i in order
+            (f"{name} {share}", coco.colour(ids[i])) for name, share, i in zip(names, shares, order, strict=True)
         )
-        return Picture(image=palette[value], legend=legend)
-
-
-def _colour(row: np.ndarray) -> tuple[int, int, int]:
-    red, green, blue = row.tolist()
-    return red, green, blue
+        return Picture(image=coco.COLOURS[value], legend=legend)
