@@ -167,6 +167,12 @@ def _converted() -> Iterator[Case]:
     cmyk = Image.merge("CMYK", [*ImageOps.invert(Image.fromarray(image)).split(), Image.new("L", SIDE[::-1], 0)])
     yield Case("cmyk.jpg", encode(cmyk, "JPEG", quality=95, subsampling=0), None, image, LOSSY, "jpg", ("cmyk",))
     yield Case("cmyk.tiff", encode(cmyk, "TIFF"), None, image, conversions=("cmyk", "tiff"))
+    black = np.broadcast_to(np.arange(SIDE[1], dtype=np.uint8) * 4, SIDE)
+    inked = Image.merge("CMYK", [*cmyk.split()[:3], Image.fromarray(black.copy())])
+    darker = np.rint(image * (1 - black[:, :, None] / 255.0)).astype(np.uint8)
+    yield Case("inked.tiff", encode(inked, "TIFF"), None, darker, 0.5, conversions=("cmyk", "tiff"))
+    ycbcr = Image.fromarray(image).convert("YCbCr")
+    yield Case("ycbcr.tiff", encode(ycbcr, "TIFF"), None, image, 1.5, conversions=("ycbcr", "tiff"))
     alpha = np.full(SIDE, 255, np.uint8)
     alpha[:, 30:], alpha[:, 40:] = 128, 0
     white = np.rint((image * (alpha[:, :, None] / 255.0)) + 255.0 * (1 - alpha[:, :, None] / 255.0))
@@ -182,6 +188,10 @@ def _converted() -> Iterator[Case]:
     yield Case("plain.tif", encode(image, "TIFF", compression="tiff_lzw"), None, image, conversions=("tiff",))
     yield Case("plain.ppm", encode(image, "PPM"), None, image, conversions=("pnm",))
     yield Case("plain.webp", encode(image, "WEBP", quality=95), None, image, LOSSY, "jpg", ("webp",))
+    yield Case("plain.jp2", encode(image, "JPEG2000"), None, image, conversions=("jpeg2000",))
+    turned = Image.fromarray(image).transpose(Image.Transpose.ROTATE_90)
+    data = encode(turned, "AVIF", quality=95, exif=exif(6))
+    yield Case("exif-6.avif", data, None, image, LOSSY, "jpg", ("exif-orientation", "avif"))
     yield Case("plain.avif", encode(image, "AVIF", quality=95), None, image, LOSSY, "jpg", ("avif",))
 
 
@@ -202,11 +212,20 @@ def _deep() -> Iterator[Case]:
     noise = np.random.default_rng(0).integers(0, 256, (*SIDE, 4), dtype=np.uint8)
     deep = np.stack([image, noise[:, :, :3]], axis=3).reshape(SIDE[0], -1)  # big endian: high byte first
     yield Case("rgb16.png", png(16, 2, deep), None, image, conversions=("16-bit",))
+    data = png(16, 2, deep, extra=png_chunk(b"tRNS", bytes(6)))
+    yield Case("rgb16-alpha.png", data, None, image, conversions=("16-bit", "transparency-ignored"))
     deep = np.stack([image[:, :, 0], noise[:, :, 0]], axis=2).reshape(SIDE[0], -1)
     grey3 = np.repeat(image[:, :, :1], 3, axis=2)
     yield Case("grey16.png", png(16, 0, deep), None, grey3, conversions=("16-bit", "grey"))
+    data = b"P5 %d %d 65535\n" % SIDE[::-1] + deep.tobytes()
+    yield Case("grey16.pgm", data, None, grey3, conversions=("16-bit", "grey", "pnm"))
     sixteen = Image.fromarray(image[:, :, 0].astype(np.uint16) * 256 + noise[:, :, 0])
     yield Case("grey16.tif", encode(sixteen, "TIFF"), None, grey3, conversions=("16-bit", "grey", "tiff"))
+    yield Case("lab.tif", encode(Image.new("LAB", SIDE[::-1]), "TIFF"), "unsupported")
+    data = jpeg()
+    at = data.index(b"\xff\xc0") + 4
+    yield Case("twelve-bit.jpg", data[:at] + b"\x0c" + data[at + 1 :], "unsupported")
+    yield Case("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0", "unsupported")
     yield Case("float.tif", encode(Image.fromarray(image[:, :, 0].astype(np.float32)), "TIFF"), "unsupported")
 
 
@@ -220,6 +239,8 @@ def _moving() -> Iterator[Case]:
     yield Case(
         "moving.gif", encode(frames[0], "GIF", **moving), None, flat, conversions=("palette", "first-frame", "gif")
     )
+    cut = encode(frames[0], "GIF", **moving)[:-100]
+    yield Case("moving-cut-late.gif", cut, None, flat, conversions=("palette", "first-frame", "gif"))
     yield Case("still.gif", encode(frames[0], "GIF"), None, flat, conversions=("palette", "gif"))
     data = encode(frames[0], "WEBP", lossless=True, **moving)
     yield Case("moving.webp", data, None, flat, conversions=("first-frame", "webp"))
@@ -236,6 +257,7 @@ def _refused() -> Iterator[Case]:
         "webp": encode(image, "WEBP", lossless=True),
     }.items():
         yield Case(f"truncated.{name}", data[: len(data) * 2 // 3], "truncated")
+    yield Case("no-end-chunk.png", encode(image, "PNG")[:-12], "truncated")
     yield Case("truncated-late.jpg", jpeg()[:-20], "truncated")
     yield Case("truncated-early.jpg", jpeg()[:100], "truncated")
     yield Case("truncated-progressive.jpg", jpeg(progressive=True)[:-40], "truncated")
