@@ -20,7 +20,7 @@ text: something a sequence model reads; tokens: (n_crops, n) ids; crops: the cro
 
 @dataclass(frozen=True)
 class Picture:
-    """How a value is shown: an image uint8 (h, w, 3) RGB, a text, a table of (name, value), a legend of (name, colour)."""
+    """How a value is shown: an RGB image uint8 (h, w, 3), a text, a table of (name, value), a legend (name, colour)."""
 
     image: np.ndarray | None = None
     text: str = ""

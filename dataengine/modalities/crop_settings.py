@@ -61,11 +61,14 @@ class CropSettings(Modality):
     def picture(self, value: np.ndarray, rgb: np.ndarray) -> Picture:
         """Every crop as a rectangle on the image."""
         image, factor = _draw.canvas(rgb)
+        crops = geometry.crops_of(value)
+        colours = [(255, 255, 255), *(_draw.distinct(i) for i in range(len(crops) - 1))]
+        for crop, colour in zip(crops, colours, strict=True):
+            left, top, right, bottom = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
+            image = _draw.rectangle(image, factor * left, factor * top, factor * right, factor * bottom, colour)
         legend = []
-        for i, crop in enumerate(geometry.crops_of(value)):
-            colour = (255, 255, 255) if i == 0 else _draw.distinct(i - 1)
-            edges = [factor * v for v in (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)]
-            image = _draw.rectangle(image, edges[0], edges[1], edges[2], edges[3], colour, str(i))
-            text = f"crop {i}: {crop.height} x {crop.width}{', mirrored' if crop.hflip else ''}"
-            legend.append((text, colour))
+        for i, (crop, colour) in enumerate(zip(crops, colours, strict=True)):
+            # Crops often share a corner: the numbers stand side by side.
+            image = _draw.tag(image, str(i), factor * crop.left + 16 * i, factor * crop.top, colour)
+            legend.append((f"crop {i}: {crop.height} x {crop.width}{', mirrored' if crop.hflip else ''}", colour))
         return Picture(image=image, legend=tuple(legend))

@@ -122,7 +122,7 @@ class Det(TextLike):
             x0, y0, x1, y1 = np.multiply(instance["boxes"], (width, height, width, height)).tolist()
             colour = coco.colour(coco.NAMES.index(instance["class_name"]))
             label = f"{instance['class_name']} {instance['score']:.2f}"
-            image = _draw.rectangle(image, x0, y0, x1, y1, colour, label)
+            image = _draw.tag(_draw.rectangle(image, x0, y0, x1, y1, colour), label, x0, y0, colour)
         hidden = len(value["instances"]) - len(shown)
         text = f"{len(shown)} box{'' if len(shown) == 1 else 'es'}"
         return Picture(image=image, text=f"{text}, {hidden} more below {_SHOWN_SCORE}" if hidden else text)
