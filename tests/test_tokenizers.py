@@ -290,9 +290,13 @@ def test_a_header_that_we_cannot_follow_is_refused(tmp_path: Path, setting: dict
 
 
 def test_the_domain_is_saved_with_its_settings(tmp_path: Path) -> None:
-    config = replace(VQVAE.tiny().config, n_channels=1, domain=domains.Depth(nearest=0.05, smooth_at=0.25))
-    VQVAE(config).save(tmp_path / "depth")
-    assert VQVAE.load(tmp_path / "depth").config == config
+    tiny = VQVAE.tiny().config
+    for config in (
+        replace(tiny, n_channels=1, domain=domains.Depth(nearest=0.05, smooth_at=0.25)),
+        replace(tiny, n_labels=3, domain=domains.Semseg(classes=(2, 119))),
+    ):
+        VQVAE(config).save(tmp_path / "file")
+        assert VQVAE.load(tmp_path / "file").config == config
     assert pickle.loads(pickle.dumps(config)) == config
 
 
@@ -336,6 +340,22 @@ def test_semseg_shifts_by_one_and_unlabelled_is_zero() -> None:
     assert float(domain.loss(logits, x)) < 1e-5
     with pytest.raises(ValueError, match=r"class 133, expected 0\.\.132 or 255"):
         domain.to_network([np.full((2, 2), 133, dtype=np.uint8)])
+
+
+def test_semseg_can_be_narrowed_to_the_classes_of_a_corpus() -> None:
+    domain = domains.Semseg(classes=(2, 119))
+    assert domain.num_labels == 3
+    values = np.array([[2, 119], [255, 2]], dtype=np.uint8)
+    x = domain.to_network([values])
+    assert x.tolist() == [[[1, 2], [0, 1]]]
+    logits = torch.nn.functional.one_hot(x, 3).permute(0, 3, 1, 2).float()
+    back = domain.from_network(logits)[0]
+    assert back.dtype == np.uint8
+    assert np.array_equal(back, values)
+    with pytest.raises(ValueError, match=r"class 3, expected one of \(2, 119\) or 255"):
+        domain.to_network([np.full((2, 2), 3, dtype=np.uint8)])
+    with pytest.raises(ValueError, match="expected ascending ids"):
+        domains.Semseg(classes=(119, 2))
 
 
 def test_standardised_depth_is_4ms() -> None:

@@ -144,22 +144,45 @@ def _standardised(depth: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Semseg(Domain):
-    """Classes, uint8 (H, W) in 0..num_classes-1 and 255 for unlabelled, as index + 1 with 0 for unlabelled."""
+    """Classes, uint8 (H, W) in 0..num_classes-1 and 255 for unlabelled, as index + 1 with 0 for unlabelled.
+
+    `classes` narrows this to the ids that a corpus has, ascending, which a small tokenizer learns far faster: the
+    index is then that in `classes`. () takes them all, which is ml-4m's numbering.
+    """
 
     name: ClassVar[str] = "semseg"
     num_classes: int = 133  # COCO panoptic
+    classes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_classes <= 255:
+            raise ValueError(f"num_classes {self.num_classes}, expected 1..255")
+        if tuple(sorted({c for c in self.classes if 0 <= c < self.num_classes})) != self.classes:
+            raise ValueError(f"classes {self.classes}, expected ascending ids in 0..{self.num_classes - 1}")
+
+    @property
+    def num_labels(self) -> int:
+        """The number of network classes, unlabelled included."""
+        return 1 + (len(self.classes) or self.num_classes)
+
+    def _ids(self) -> NDArray[np.uint8]:
+        """The stored id of each network class."""
+        return np.array([255, *(self.classes or range(self.num_classes))], dtype=np.uint8)
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
-        """int64 (B, H, W) in 0..num_classes."""
-        shifted = (_stacked(values, np.uint8, None, self.name).long() + 1) % 256
-        if int(shifted.max()) > self.num_classes:
-            raise ValueError(f"semseg: class {int(shifted.max()) - 1}, expected 0..{self.num_classes - 1} or 255")
-        return shifted
+        """int64 (B, H, W) in 0..num_labels-1."""
+        table = np.full(256, -1)
+        table[self._ids()] = np.arange(self.num_labels)
+        stored = _stacked(values, np.uint8, None, self.name)
+        out = torch.from_numpy(table)[stored.long()]
+        if int(out.min()) < 0:
+            expected = f"one of {self.classes}" if self.classes else f"0..{self.num_classes - 1}"
+            raise ValueError(f"semseg: class {int(stored[out < 0][0])}, expected {expected} or 255")
+        return out
 
     def from_network(self, out: Tensor) -> list[Map]:
-        """The class with the largest of (B, num_classes + 1, H, W) logits."""
-        shifted = out.argmax(dim=1).cpu()
-        return list(((shifted - 1) % 256).to(torch.uint8).numpy())
+        """The class with the largest of (B, num_labels, H, W) logits."""
+        return list(self._ids()[out.argmax(dim=1).cpu().numpy()])
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
         """Cross entropy per pixel."""

@@ -60,8 +60,8 @@ class VQVAEConfig:
         for size, patch in ((self.enc_size, self.patch_size), (self.dec_size, self.patch_size_dec or self.patch_size)):
             if size % patch:
                 raise ValueError(f"image size {size}, expected a multiple of the patch size {patch}")
-        if isinstance(self.domain, domains.Semseg) and self.n_labels != self.domain.num_classes + 1:
-            raise ValueError(f"n_labels {self.n_labels}, expected {self.domain.num_classes + 1} for the semseg domain")
+        if isinstance(self.domain, domains.Semseg) and self.n_labels != self.domain.num_labels:
+            raise ValueError(f"n_labels {self.n_labels}, expected {self.domain.num_labels} for the semseg domain")
 
     @property
     def enc_size(self) -> int:
