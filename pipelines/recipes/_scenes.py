@@ -10,7 +10,7 @@ from pipelines.train_tokenizer import TrainTokenizer
 OUT = "out/demo"
 SIDE = 64
 PATCH = 8
-BATCH = 64
+BATCH = 16
 TOKENS = (SIDE // PATCH) ** 2
 
 
@@ -23,7 +23,7 @@ def tokenizer(
     steps: int,
     labels: int = 0,
     latent: int = 16,
-    dim: int = 128,
+    dim: int = 96,
     lr: float = 2e-3,
 ) -> TrainTokenizer:
     """A ViT VQ-VAE of 64 x 64 pixels and 8 x 8 tokens that two CPU cores train in about a minute."""
@@ -36,12 +36,13 @@ def tokenizer(
             patch_size=PATCH,
             n_channels=channels,
             n_labels=labels or None,
-            enc_type=f"vit_{dim}x2x4_enc",
-            dec_type=f"vit_{dim}x3x4_dec",
+            enc_type=f"vit_{dim}x2x3_enc",
+            dec_type=f"vit_{dim}x3x3_dec",
             post_mlp=True,
             codebook_size=codes,
             latent_dim=latent,
-            threshold_ema_dead_code=dead_code_threshold(BATCH * TOKENS, codes),
+            ema_decay=0.9,
+            threshold_ema_dead_code=dead_code_threshold(BATCH * TOKENS, codes, share=4.0),
         ),
         loop=LoopConfig(
             steps=steps,

@@ -9,4 +9,4 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 def recipe() -> TrainTokenizer:
     """Canny edges."""
-    return tokenizer("canny_edge", domains.Edges(), channels=1, codes=1024, steps=500)
+    return tokenizer("canny_edge", domains.Edges(), channels=1, codes=1024, steps=1200)

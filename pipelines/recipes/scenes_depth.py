@@ -9,4 +9,4 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 def recipe() -> TrainTokenizer:
     """Metric depth, through an invertible log map."""
-    return tokenizer("depth", domains.Depth(), channels=1, codes=512, steps=400)
+    return tokenizer("depth", domains.Depth(), channels=1, codes=512, steps=1200)

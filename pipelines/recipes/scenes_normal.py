@@ -9,4 +9,4 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 def recipe() -> TrainTokenizer:
     """Surface normals."""
-    return tokenizer("normal", domains.Normal(), channels=3, codes=512, steps=400)
+    return tokenizer("normal", domains.Normal(), channels=3, codes=512, steps=1200)

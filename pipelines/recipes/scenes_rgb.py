@@ -9,4 +9,4 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 def recipe() -> TrainTokenizer:
     """Images."""
-    return tokenizer("rgb", domains.Rgb(), channels=3, codes=1024, steps=500)
+    return tokenizer("rgb", domains.Rgb(), channels=3, codes=1024, steps=1200)
