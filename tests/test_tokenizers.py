@@ -14,7 +14,7 @@ from model import tokenizers
 from model.loop import LoopConfig, fit
 from model.tokenizers import Tokenizer, domains
 from model.tokenizers._quantize import Codebook, Quantizer, usage
-from model.tokenizers._vit import sincos_2d, vit_size
+from model.tokenizers._vit import ViTEncoder, sincos_2d, vit_size
 from model.tokenizers.vqvae import VQVAE, VQVAEConfig, dead_code_threshold, reconstruction_loss
 
 
@@ -207,6 +207,19 @@ def test_state_dict_keys_are_those_of_4m() -> None:
     assert shapes["quantize._codebook.embed"] == (64, 16)
     assert shapes["decoder.out_proj.weight"] == (10 * 64, 64)
     assert shapes["cls_emb.weight"] == (10, 6)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 64])
+def test_patches_are_projected_as_by_the_convolution_in_both_precisions(channels: int) -> None:
+    encoder = ViTEncoder(channels, 8, (4, 4), (64, 0, 2), post_mlp=False)
+    encoder.pos_emb.data.zero_()
+    x = torch.randn(2, channels, 32, 40, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact = encoder.proj(x)
+        assert torch.allclose(encoder(x), exact, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = encoder(x).float()
+    assert float((rounded - exact).abs().max()) < 0.03 * float(exact.abs().max())
 
 
 def test_patches_are_laid_out_channel_then_row_then_column() -> None:

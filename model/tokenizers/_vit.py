@@ -151,9 +151,12 @@ class ViTEncoder(_Trunk):
         patch = self.proj.kernel_size[0]
         if x.shape[-2] % patch or x.shape[-1] % patch:
             raise ValueError(f"maps of {tuple(x.shape[-2:])} pixels, expected multiples of the patch size {patch}")
-        x = self.proj(x)
+        # The convolution as a matrix product: oneDNN's bfloat16 kernel for 8 x 8 patches of 8 channels returns wrong
+        # values on CPUs with AMX (seen with torch 2.15; the test compares the two precisions).
+        x = F.pixel_unshuffle(x, patch)
         h, w = x.shape[-2:]
-        x = self.blocks(x.flatten(2).transpose(1, 2) + self._positions(h, w))
+        x = F.linear(x.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        x = self.blocks(x + self._positions(h, w))
         if self.post_mlp is not None:
             with torch.autocast(x.device.type, enabled=False):
                 x = self._pointwise(x.float())
