@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def _start() -> None:
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
-    ray.init(log_to_driver=False, logging_level="error", **options)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 def _drive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,7 +132,7 @@ def _batches(
         return samples, {keys[i]: {m for m in inputs if keys[i] in invalid[m]} for i in rows}
 
     for start in range(0, len(keys), size):
-        yield lambda start=start: decode(start)
+        yield functools.partial(decode, start)
 
 
 def _missing(modality: str, shard: int) -> Commit:

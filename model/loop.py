@@ -25,8 +25,9 @@ from model import optim, snapshots
 class Batch(Protocol):
     """What a step trains on: a tensor, or a dataclass of tensors that can move."""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
-        """The batch on a device."""
+    @property
+    def to(self) -> Callable[..., Any]:
+        """A method that takes a device and `non_blocking`, and returns the batch there."""
 
 
 B = TypeVar("B", bound=Batch)

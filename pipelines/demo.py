@@ -46,8 +46,7 @@ def run(out: Path, runner: Runner = "ray", workers: int = 2) -> None:
             _label(dataset, SCENE_LABELS, label.default_labelers(), runner, workers)
     with clock("tokenizers: train"):
         _train_text((photo, scenes), out / "tokenizers" / "text.json")
-        for modality in TOKENIZERS:
-            _train_tokenizer(modality, out)
+        _train_tokenizers(out, workers)
     with clock("tokens: write and pack"):
         for dataset, modalities in ((photo, PHOTO_MAPS), (scenes, TOKENIZERS), (heldout, TOKENIZERS)):
             _tokenize(dataset, modalities, out / "tokenizers", runner, workers)

@@ -47,7 +47,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(root)): p.read_bytes()
         for p in sorted(root.rglob("*"))
-        if p.is_file() and not p.relative_to(root).parts[0] == "runs"
+        if p.is_file() and p.relative_to(root).parts[0] != "runs"
     }
 
 

@@ -27,7 +27,8 @@ package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, {package!r} + "."):
     if module.name != "dataengine.actors":
         importlib.import_module(module.name)
-heavy = sorted(set(sys.modules) & {{"torch", "ray", "transformers", "open_clip", "timm", "segment_anything", "datasets"}})
+networks = {{"torch", "ray", "transformers", "open_clip", "timm", "segment_anything", "datasets"}}
+heavy = sorted(set(sys.modules) & networks)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -11,6 +11,9 @@ import numpy as np
 from dataengine.corpora._raycast import MAX_DEPTH_M, Colour, Floats, Light, Part
 from dataengine.corpora._textures import smooth_noise
 
+Shape = Literal["box", "ellipsoid", "cylinder"]
+Triple = tuple[float, float, float]  # x y z, or red green blue
+
 COLOURS: dict[str, Colour] = {
     "red": (0.85, 0.12, 0.12),
     "orange": (0.95, 0.5, 0.08),
@@ -64,7 +67,7 @@ SKIES: dict[str, tuple[Colour, Colour]] = {
 class Solid:
     """A part of a thing in the thing's own axes: y = 0 is the ground under its middle; metres."""
 
-    kind: Literal["box", "ellipsoid", "cylinder"]
+    kind: Shape
     centre: tuple[float, float, float]
     half: tuple[float, float, float]
     texture: str
@@ -105,7 +108,7 @@ def _person(rng: np.random.Generator) -> Thing:
     _, trousers = _pick(rng, "blue black white green")
     skin, hair = SKIN[rng.integers(len(SKIN))], HAIR[rng.integers(len(HAIR))]
     k, stride, swing = rng.uniform(0.85, 1.1), rng.uniform(0.0, 0.14), rng.uniform(-0.1, 0.1)
-    shapes = [
+    shapes: list[tuple[Shape, Triple, Triple, Triple]] = [
         ("ellipsoid", (0, 1.13, 0), (0.23, 0.36, 0.15), shirt),
         ("cylinder", (-0.1, 0.43, stride), (0.095, 0.43, 0.095), trousers),
         ("cylinder", (0.1, 0.43, -stride), (0.095, 0.43, 0.095), trousers),
