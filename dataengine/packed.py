@@ -42,12 +42,8 @@ class Column:
 
 def write(columns: Sequence[Column], num_crops: int, keys: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> bytes:
     """An Arrow IPC file of the rows, in key order; `rows[column]` has a value or None (no valid label) for each key."""
-    arrays: list[pa.Array] = [pa.array(keys, pa.string())]
-    fields = [pa.field("key", pa.string())]
-    for column in columns:
-        kind = _arrow_type(column, num_crops)
-        fields.append(pa.field(column.name, kind))
-        arrays.append(pa.array([_plain(column, v, num_crops) for v in rows[column.name]], kind))
+    arrays = [pa.array(keys, pa.string()), *(_array(c, num_crops, rows[c.name]) for c in columns)]
+    fields = [pa.field("key", pa.string()), *(pa.field(c.name, _arrow_type(c, num_crops)) for c in columns)]
     about = {"format": FORMAT, "num_crops": num_crops, "columns": [dataclasses.asdict(c) for c in columns]}
     schema = pa.schema(fields, metadata={_METADATA: json.dumps(about, sort_keys=True).encode()})
     sink = pa.BufferOutputStream()
@@ -65,13 +61,21 @@ def _arrow_type(column: Column, num_crops: int) -> pa.DataType:
     return pa.list_(pa.list_(pa.list_(pa.uint16())))
 
 
-def _plain(column: Column, value: Any, num_crops: int) -> Any:
-    if value is None or column.kind == "sequence":
-        return value
-    expected = (num_crops, column.max_tokens) if column.kind == "tokens" else (num_crops, column.side, column.side, 3)
-    if value.shape != expected:
-        raise ValueError(f"{column.name}: expected {expected}, got {value.shape}")
-    return value.reshape(-1)
+def _array(column: Column, num_crops: int, values: Sequence[Any]) -> pa.Array:
+    kind = _arrow_type(column, num_crops)
+    if column.kind == "sequence":
+        return pa.array(values, kind)
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    shape = (num_crops, column.max_tokens) if column.kind == "tokens" else (num_crops, column.side, column.side, 3)
+    # A null keeps its place in the values, so that they can be viewed as one dense array.
+    flat = np.zeros((len(values), *shape), dtype)
+    for row, value in zip(flat, values, strict=True):
+        if value is not None:
+            if value.shape != shape:
+                raise ValueError(f"{column.name}: expected {shape}, got {value.shape}")
+            row[...] = value
+    missing = pa.array([value is None for value in values], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
 
 
 class Packed:

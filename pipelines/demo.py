@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dataengine.ingest import IngestSettings, prepare
 from dataengine.labeler import Labeler
@@ -150,16 +154,34 @@ def _rooted(recipe: C, out: Path) -> C:
     return config.with_paths(recipe, _scenes.OUT, str(out))
 
 
-def _train_tokenizer(modality: str, out: Path) -> None:
+def _train_tokenizers(out: Path, workers: int) -> None:
+    """Side by side, one core each: so small a network gains little from a second core."""
+    todo = [m for m in TOKENIZERS if not (out / "tokenizers" / f"{m}.safetensors").exists()]
+    if not todo:
+        return
+    columns = (
+        TextColumn("train     "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokenizers"),
+        TimeElapsedColumn(),
+    )
+    with (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes,
+        Progress(*columns, console=console) as bar,
+    ):
+        task = bar.add_task("tokenizers", total=len(todo))
+        for finished in as_completed([processes.submit(_train_tokenizer, m, out) for m in todo]):
+            bar.console.print(finished.result())
+            bar.advance(task)
+
+
+def _train_tokenizer(modality: str, out: Path) -> str:
     from pipelines import train_tokenizer
 
     recipe = _rooted(config.load(f"scenes_{modality}", train_tokenizer.TrainTokenizer), out)
-    if train_tokenizer.tokenizer_file(recipe).exists():
-        return
-    result = train_tokenizer.train(recipe)
-    console.print(
-        f"{modality} tokenizer: {result.steps} steps, loss {result.metrics['loss']:.4f}, {result.seconds:.0f} s"
-    )
+    result = train_tokenizer.train(replace(recipe, loop=replace(recipe.loop, threads=1, progress=False)))
+    return f"{modality} tokenizer: {result.steps} steps, loss {result.metrics['loss']:.4f}, {result.seconds:.0f} s"
 
 
 def _tokenize(dataset: Dataset, modalities: Sequence[str], folder: Path, runner: Runner, workers: int) -> None:
