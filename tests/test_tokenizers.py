@@ -338,8 +338,7 @@ def test_a_map_survives_the_way_to_the_network_and_back(name: str) -> None:
     assert len(back) == 2
     assert back[1].dtype == MAPS[name].dtype
     np.testing.assert_allclose(back[1], MAPS[name], rtol=1e-5, atol=1e-6)
-    if name != "edges":
-        assert float(domain.loss(x, x)) == pytest.approx(0, abs=1e-9)
+    assert float(domain.loss(x, x)) == pytest.approx(0, abs=1e-9)
     assert float(domain.loss(x, x)) < float(domain.loss(-x, x))
 
 
@@ -383,6 +382,13 @@ def test_fixed_depth_is_logarithmic_and_clips_what_is_too_near() -> None:
     x = domain.to_network([np.array([[0.0, 0.01], [0.1, 1.0]], dtype=np.float32)])
     np.testing.assert_allclose(x[0, 0].numpy(), [[-1, -1], [0, 1]], atol=1e-6)
     np.testing.assert_allclose(domain.from_network(x)[0], [[0.01, 0.01], [0.1, 1.0]], rtol=1e-5)
+
+
+def test_edges_take_cross_entropy_on_the_sign() -> None:
+    domain = domains.Edges(criterion="bce")
+    x = domain.to_network([MAPS["edges"]])
+    expected = np.log1p(np.exp(-2.0))  # of a logit of size 2 with the right sign
+    assert float(domain.loss(2 * x, x)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_normals_come_back_with_unit_length() -> None:
