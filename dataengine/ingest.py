@@ -146,10 +146,6 @@ def _commit(
         sha256=digest,
         num_samples=len(keys),
         keys_sha256=shards.keys_sha256(keys),
-        # A sample without a caption keeps its place in the tar and is no caption to train on.
-        invalid={
-            k: "no caption" for k, t in taken.items() if modality == "caption" and t.members[modality].data == b"[]"
-        },
         provenance=origin,
         keys=keys if modality == "rgb" else (),
     )
