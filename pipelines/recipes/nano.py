@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from model.fourm import FourMConfig
 from model.loop import LoopConfig
 from model.masking import MaskingConfig, MixtureComponent
@@ -34,7 +36,7 @@ def recipe() -> TrainFourM:
         data=(Source(root=f"{OUT}/scenes"), Source(root=f"{OUT}/photos", weight=0.03)),
         inputs=everything,
         outputs=(*MAPS, *TEXTS),
-        model=FourMConfig.preset("nano"),
+        model=replace(FourMConfig.preset("nano"), decoder_depth=2),
         masking=MaskingConfig(
             components=(see, to_text, any_to_any, from_caption),
             input_tokens=(64, 64),
@@ -42,7 +44,7 @@ def recipe() -> TrainFourM:
             redistribute=True,
         ),
         loop=LoopConfig(
-            steps=1500,
+            steps=1200,
             lr=1e-3,
             min_lr=1e-5,
             warmup_steps=100,
@@ -52,7 +54,7 @@ def recipe() -> TrainFourM:
             log_every=20,
             checkpoint_every=250,
         ),
-        batch_size=48,
+        batch_size=32,
         out=f"{OUT}/fourm",
         patch_size=PATCH,
         per_token=True,
