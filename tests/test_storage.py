@@ -1,0 +1,125 @@
+"""Objects appear whole or not at all, on a local disk and on a real S3 API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dataengine import local, storage, validate
+from dataengine.ingest import IngestSettings, prepare
+from dataengine.manifest import Conflict, Dataset, Plan
+from dataengine.plan import plan_labels
+from dataengine.storage import Store
+from tests.fakes import Inverted, Threshold, ingested, tree, write_images
+
+# botocore and moto still use names that newer Pythons and libraries deprecate.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket on an S3 server of this process."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="corpus")
+        yield "s3://corpus"
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "disk":
+        return Store(tmp_path / "root")
+    return Store(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+def test_the_first_writer_wins_and_the_loser_is_told(store: Store) -> None:
+    assert store.publish("a/b.txt", b"first")
+    assert not store.publish("a/b.txt", b"second")
+    assert store.read("a/b.txt") == b"first"
+    assert store.exists("a/b.txt")
+    assert (store.list("a"), store.list("nothing")) == (["b.txt"], [])
+    assert list(store.find()) == ["a/b.txt"]
+    store.remove("a/b.txt")
+    assert not store.exists("a/b.txt")
+    with pytest.raises(FileNotFoundError):
+        store.read("a/b.txt")
+
+
+def test_of_many_writers_at_once_one_wins(store: Store) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(lambda i: store.publish("cell.tar", bytes([i]) * 1000), range(8)))
+    assert won.count(True) == 1
+    assert store.read("cell.tar") == bytes([won.index(True)]) * 1000
+
+
+def test_an_interrupted_write_leaves_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        store.publish("a.tar", b"x" * 100)
+    assert not (tmp_path / "a.tar").exists()
+
+
+def label(dataset: Dataset, labelers: Sequence[Threshold | Inverted]) -> None:
+    plan = plan_labels(dataset, ["sam_edge"], labelers)
+    local.run(plan.group(dataset.store.url), plan.tasks, workers=1, device="cpu", on_report=lambda r: None)
+
+
+def test_a_dataset_on_s3_has_the_bytes_of_one_on_disk(tmp_path: Path, bucket: str) -> None:
+    here = ingested(tmp_path)
+    label(here, (Threshold(), Inverted()))
+    there = Dataset(f"{bucket}/dataset")
+    worker, tasks = prepare(there, f"folder:{tmp_path}/images", IngestSettings(shard_size=4, num_crops=2))
+    local.run(worker, tasks, workers=1, device="cpu", on_report=lambda r: None)
+    label(there, (Threshold(), Inverted()))
+    assert {path: there.store.read(path) for path in there.store.find()} == tree(tmp_path / "root")
+    assert validate.verify(there) == []
+    assert there.orphans() == []
+    again = plan_labels(there, ["sam_edge"], (Threshold(), Inverted()))
+    assert (again.num_cells, again.num_done) == (0, 3)
+
+
+def test_a_corpus_on_s3_is_read_as_one_on_disk(tmp_path: Path, bucket: str) -> None:
+    images = write_images(tmp_path / "images", 4)
+    fs, path = storage.split_url(f"{bucket}/images")
+    fs.put(str(images), path, recursive=True)
+    found = []
+    for name, corpus in (("disk", f"folder:{images}"), ("s3", f"folder:{bucket}/images")):
+        dataset = Dataset(tmp_path / name)
+        worker, tasks = prepare(dataset, corpus, IngestSettings(shard_size=2))
+        local.run(worker, tasks, workers=1, device="cpu", on_report=lambda r: None)
+        found.append({k: v for k, v in tree(tmp_path / name).items() if k.endswith(".tar")})
+    assert len(found[0]) == 6
+    assert [v for _, v in sorted(found[0].items())] == [v for _, v in sorted(found[1].items())]
+
+
+def test_a_plan_is_written_once(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path)
+    plan = dataset.plan
+    dataset.write_plan(plan)
+    changed = Plan(**{**vars(plan), "seed": 9})
+    with pytest.raises(Conflict, match="seed: 0 there, 9 asked"):
+        dataset.write_plan(changed)
+    assert json.loads((tmp_path / "root/plan.json").read_text())["seed"] == 0
