@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,17 +26,28 @@ from pipelines import config, label, pack, photos, running
 from pipelines.recipes import _scenes
 from pipelines.running import Runner, console
 
-SCENES, HELDOUT = 4000, 200
 SCENE_LABELS = ("canny_edge", "color_palette", "metadata")
 TOKENIZERS = ("depth", "normal", "semseg", "rgb", "canny_edge")
 PHOTO_MAPS = ("rgb", "canny_edge")
 TEXT_VOCABULARY = 6000
+HELDOUT_SEED = 1_000_000  # a scene is its seed: far from the training scenes, which count from 0
 
 C = TypeVar("C")
 
 
-def run(out: Path, runner: Runner = "ray", workers: int = 2) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of everything: the demo's own amounts unless a test wants a glance; None leaves a recipe's steps."""
+
+    scenes: int = 4000
+    heldout: int = 200
+    tokenizer_steps: int | None = None
+    model_steps: int | None = None
+
+
+def run(out: Path, runner: Runner = "ray", workers: int = 2, scale: Scale | None = None) -> None:
     """Do what is not done yet under `out`, and print where to look."""
+    scale = scale or Scale()
     clock = _Clock(out / "seconds.json")
     photo, scenes, heldout = (Dataset(out / name) for name in ("photos", "scenes", "scenes_heldout"))
     with clock("photographs: ingest and label"):
@@ -44,23 +55,23 @@ def run(out: Path, runner: Runner = "ray", workers: int = 2) -> None:
         _ingest(photo, f"folder:{out}/corpus/photos", 8, runner, workers)
         _label_photos(photo, out, runner, workers)
     with clock("scenes: render and label"):
-        _ingest(scenes, f"scenes:{SCENES}?size={_scenes.SIDE}&seed=0", 250, runner, workers)
-        _ingest(heldout, f"scenes:{HELDOUT}?size={_scenes.SIDE}&seed=1", 100, runner, workers)
+        _ingest(scenes, f"scenes:{scale.scenes}?size={_scenes.SIDE}&seed=0", 250, runner, workers)
+        _ingest(heldout, f"scenes:{scale.heldout}?size={_scenes.SIDE}&seed={HELDOUT_SEED}", 100, runner, workers)
         for dataset in (scenes, heldout):
             _label(dataset, SCENE_LABELS, label.default_labelers(), runner, workers)
     with clock("tokenizers: train"):
         _train_text((photo, scenes), out / "tokenizers" / "text.json")
-        _train_tokenizers(out, workers)
+        _train_tokenizers(out, workers, scale.tokenizer_steps)
     with clock("tokens: write and pack"):
         for dataset, modalities in ((photo, PHOTO_MAPS), (scenes, TOKENIZERS), (heldout, TOKENIZERS)):
             _tokenize(dataset, modalities, out / "tokenizers", runner, workers)
             _pack(dataset, out / "tokenizers" / "text.json", workers)
     with clock("model: train"):
-        _train_model(out)
+        _train_model(out, scale.model_steps)
     with clock("model: evaluate, generate, draw"):
-        metrics = _look(out, photo, scenes, heldout)
+        metrics = _look(out, photo, scenes, heldout, scale.heldout)
     clock.save()
-    _summary(out, count, metrics, clock)
+    _summary(out, count, scale.scenes, metrics, clock)
 
 
 class _Clock:
@@ -154,7 +165,7 @@ def _rooted(recipe: C, out: Path) -> C:
     return config.with_paths(recipe, _scenes.OUT, str(out))
 
 
-def _train_tokenizers(out: Path, workers: int) -> None:
+def _train_tokenizers(out: Path, workers: int, steps: int | None) -> None:
     """Side by side, one core each: so small a network gains little from a second core."""
     todo = [m for m in TOKENIZERS if not (out / "tokenizers" / f"{m}.safetensors").exists()]
     if not todo:
@@ -171,16 +182,18 @@ def _train_tokenizers(out: Path, workers: int) -> None:
         Progress(*columns, console=console) as bar,
     ):
         task = bar.add_task("tokenizers", total=len(todo))
-        for finished in as_completed([processes.submit(_train_tokenizer, m, out) for m in todo]):
+        for finished in as_completed([processes.submit(_train_tokenizer, m, out, steps) for m in todo]):
             bar.console.print(finished.result())
             bar.advance(task)
 
 
-def _train_tokenizer(modality: str, out: Path) -> str:
+def _train_tokenizer(modality: str, out: Path, steps: int | None) -> str:
     from pipelines import train_tokenizer
 
     recipe = _rooted(config.load(f"scenes_{modality}", train_tokenizer.TrainTokenizer), out)
-    result = train_tokenizer.train(replace(recipe, loop=replace(recipe.loop, threads=1, progress=False)))
+    result = train_tokenizer.train(
+        replace(recipe, loop=replace(recipe.loop, threads=1, progress=False, steps=steps or recipe.loop.steps))
+    )
     return f"{modality} tokenizer: {result.steps} steps, loss {result.metrics['loss']:.4f}, {result.seconds:.0f} s"
 
 
@@ -199,17 +212,17 @@ def _pack(dataset: Dataset, text_tokenizer: Path, workers: int) -> None:
     )
 
 
-def _train_model(out: Path) -> None:
+def _train_model(out: Path, steps: int | None) -> None:
     if (out / "fourm" / "model" / "model.safetensors").exists():
         return
     from pipelines import train
 
     recipe = _rooted(config.load("nano", train.TrainFourM), out)
-    result = train.train(recipe)
+    result = train.train(replace(recipe, loop=replace(recipe.loop, steps=steps or recipe.loop.steps)))
     console.print(f"nano model: {result.steps} steps, loss {result.metrics['loss']:.3f}, {result.seconds:.0f} s")
 
 
-def _look(out: Path, photo: Dataset, scenes: Dataset, heldout: Dataset) -> dict[str, Any]:
+def _look(out: Path, photo: Dataset, scenes: Dataset, heldout: Dataset, samples: int) -> dict[str, Any]:
     """Scores and the page; both are kept while the model, the tokens and the labels they show stay the same."""
     path = out / "metrics.json"
     shown = hashlib.sha256((out / "fourm" / "model" / "model.safetensors").read_bytes())
@@ -224,7 +237,7 @@ def _look(out: Path, photo: Dataset, scenes: Dataset, heldout: Dataset) -> dict[
     from pipelines import demo_page, evaluate
 
     recipe = _rooted(config.load("nano_evaluate", evaluate.Evaluate), out)
-    scores, maps = evaluate.evaluate(replace(recipe, samples=HELDOUT))
+    scores, maps = evaluate.evaluate(replace(recipe, samples=samples))
     metrics = {
         "identity": shown.hexdigest(),
         "samples": scores[0].num_samples,
@@ -235,9 +248,9 @@ def _look(out: Path, photo: Dataset, scenes: Dataset, heldout: Dataset) -> dict[
     return metrics
 
 
-def _summary(out: Path, num_photos: int, metrics: dict[str, Any], clock: _Clock) -> None:
+def _summary(out: Path, num_photos: int, num_scenes: int, metrics: dict[str, Any], clock: _Clock) -> None:
     console.rule("done", align="left")
-    console.print(f"{num_photos} photographs, {SCENES} training scenes, {metrics['samples']} scenes never seen")
+    console.print(f"{num_photos} photographs, {num_scenes} training scenes, {metrics['samples']} scenes never seen")
     for name, s in metrics["scores"].items():
         console.print(
             f"{name:>8}: {s['metric']} {s['model']:.3f} from RGB alone, best constant {s['constant']:.3f}, "

@@ -98,6 +98,7 @@ def evaluate(run: Evaluate) -> tuple[list[Score], dict[str, list[Any]]]:
     """The scores of every target that has a metric, and the predicted maps by modality."""
     from model import checkpoint
 
+    _apart(run)
     model, tokenizers, samples = checkpoint.from_pretrained(run.model), Tokenizers(run.tokenizers), Samples(run.root)
     targets = [s.target for s in run.steps]
     rows = samples.rows([*run.given, *(t for t in targets if t.startswith("tok_"))], run.samples)
@@ -110,6 +111,19 @@ def evaluate(run: Evaluate) -> tuple[list[Score], dict[str, list[Any]]]:
             own = tokenizers.values(step.target, np.stack([row[step.target] for row in rows]))
             scores.append(_score(run, name, maps[name], own, samples.truth(name, run.side, len(rows))))
     return scores, maps
+
+
+def _apart(run: Evaluate) -> None:
+    """ValueError when a sample to be scored is one of the training samples."""
+    scored, trained = (
+        {key for shard in dataset.committed("rgb") for key in dataset.keys(shard)}
+        for dataset in (Dataset(run.root), Dataset(run.train_root))
+    )
+    if scored & trained:
+        raise ValueError(
+            f"{len(scored & trained)} samples of {run.root}, such as {min(scored & trained)}, are also in {run.train_root}: "
+            "a score needs samples that were not trained on"
+        )
 
 
 def _score(run: Evaluate, name: str, predicted: Sequence[Any], own: Sequence[Any], truth: Sequence[Any]) -> Score:

@@ -33,9 +33,10 @@ SIDE = 32
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four scenes, tokenised and packed, with a depth and a semseg tokenizer trained for a few steps."""
     base = tmp_path_factory.mktemp("training")
-    dataset = Dataset(base / "scenes")
-    worker, tasks = prepare(dataset, f"scenes:24?size={SIDE}&seed=3", IngestSettings(shard_size=10, num_crops=2))
-    local.run(worker, tasks, workers=1, device="cpu", on_report=lambda r: None)
+    dataset, heldout = Dataset(base / "scenes"), Dataset(base / "heldout")
+    for root, corpus in ((dataset, f"scenes:24?size={SIDE}&seed=3"), (heldout, f"scenes:6?size={SIDE}&seed=500")):
+        worker, tasks = prepare(root, corpus, IngestSettings(shard_size=10, num_crops=2))
+        local.run(worker, tasks, workers=1, device="cpu", on_report=lambda r: None)
     for modality, domain, channels, labels in (
         ("depth", domains.Depth(), 1, None),
         ("semseg", domains.Semseg(), 4, domains.Semseg().num_labels),
@@ -53,8 +54,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert train_tokenizer.train(recipe).finished
     text.train(["a red ball on grass", "two people on sand"], 4400, base / "tokenizers" / "text.json")
     made = tokenize.labelers(base / "tokenizers", [])
-    run(dataset, made)
-    packed(dataset, base)
+    for root in (dataset, heldout):
+        run(root, made)
+        packed(root, base)
     return base
 
 
@@ -129,11 +131,15 @@ def test_generation_and_scores_run_from_the_saved_model(scenes: Path, tmp_path: 
     )
     common = {
         "model": str(tmp_path / "fm" / "model"), "tokenizers": str(scenes / "tokenizers"),
-        "root": str(scenes / "scenes"), "given": (f"rgb@{SIDE}",), "steps": steps, "samples": 6, "side": SIDE,
+        "root": str(scenes / "heldout"), "given": (f"rgb@{SIDE}",), "steps": steps, "samples": 6, "side": SIDE,
     }  # fmt: skip
     scores, maps = evaluate.evaluate(evaluate.Evaluate(**common, train_root=str(scenes / "scenes")))
     assert [s.modality for s in scores] == ["depth", "semseg"]
     assert all(s.num_samples == 6 and s.model > 0 and s.constant > 0 for s in scores)
+    with pytest.raises(ValueError, match=r"24 samples of .* are also in"):
+        evaluate.evaluate(
+            evaluate.Evaluate(**{**common, "root": str(scenes / "scenes")}, train_root=str(scenes / "scenes"))
+        )
     assert all(len(maps[m]) == 6 and maps[m][0].shape == (SIDE, SIDE) for m in ("depth", "semseg"))
     chain = (*steps, Step(target="caption", scheme="autoregressive", temperature=0.5, max_tokens=8))
     page = generate.write_page(generate.Generate(**{**common, "steps": chain}, out=str(tmp_path / "page.html")))
