@@ -77,7 +77,7 @@ def _drive(
     def spawn() -> Any:
         return _Actor.options(num_cpus=1, num_gpus=gpus).remote(reference, device)  # type: ignore[attr-defined]
 
-    idle = [spawn() for _ in range(min(workers, len(tasks)))]
+    idle = [spawn() for _ in range(min(workers, len(tasks), _room(gpus)))]
     running: dict[Any, tuple[Any, Task]] = {}
     while waiting or running:
         while waiting and idle:
@@ -100,3 +100,15 @@ def _drive(
             raise error.cause from error
         idle.append(actor)
         on_report(report)
+
+
+def _room(gpus: float) -> int:
+    """How many actors the cluster can hold: one beyond that would wait for ever for its core, holding a task."""
+    resources = ray.cluster_resources()
+    cores = int(resources.get("CPU", 0))
+    room = min(cores, int(resources.get("GPU", 0) / gpus)) if gpus else cores
+    if room < 1:
+        raise ValueError(
+            f"the Ray cluster has {cores} cores and {resources.get('GPU', 0):.0f} GPUs: no room for a worker"
+        )
+    return room

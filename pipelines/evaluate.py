@@ -121,8 +121,8 @@ def _apart(run: Evaluate) -> None:
     )
     if scored & trained:
         raise ValueError(
-            f"{len(scored & trained)} samples of {run.root}, such as {min(scored & trained)}, are also in {run.train_root}: "
-            "a score needs samples that were not trained on"
+            f"{len(scored & trained)} samples of {run.root}, such as {min(scored & trained)}, are also in "
+            f"{run.train_root}: a score needs samples that were not trained on"
         )
 
 

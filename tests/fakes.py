@@ -53,7 +53,10 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Labeler):
-    """Edges that are the green channel above a level; can be slow, fail on keys, or end its process."""
+    """Edges that are the green channel above a level; can be slow, fail on keys, or end its process.
+
+    `die_once` is a mark it leaves the first time; where it cannot be left, it dies every time.
+    """
 
     inputs = ("rgb",)
     emits = ("canny_edge",)
@@ -70,7 +73,8 @@ class Threshold(Labeler):
         def run(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             time.sleep(self.seconds)
             if self.die_once and not os.path.exists(self.die_once):
-                Path(self.die_once).touch()
+                if Path(self.die_once).parent.exists():
+                    Path(self.die_once).touch()
                 os._exit(1)
             if len(samples) > self.too_many:
                 raise MemoryError("out of memory")
@@ -95,3 +99,11 @@ class Inverted(Labeler):
 
     def load(self, device: str) -> Loaded:
         return lambda samples: [{"sam_edge": (255 - s.values["canny_edge"]).astype(np.uint8)} for s in samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unloadable(Threshold):
+    """A labeler whose weights are not there."""
+
+    def load(self, device: str) -> Loaded:
+        raise FileNotFoundError("no weights at all")

@@ -17,7 +17,7 @@ from dataengine.labeler import Labeler
 from dataengine.manifest import Conflict, Dataset, NotADataset
 from dataengine.plan import LabelPlan, order, plan_labels
 from dataengine.work import Report
-from tests.fakes import Inverted, Threshold, ingested, tree, write_images
+from tests.fakes import Inverted, Threshold, Unloadable, ingested, tree, write_images
 
 
 def label(dataset: Dataset, wanted: Sequence[str], *labelers: Labeler) -> tuple[LabelPlan, list[Report]]:
@@ -209,11 +209,28 @@ def test_unknown_and_circular_modalities_are_explained() -> None:
 def test_ray_gives_the_bytes_of_local_and_survives_a_dying_worker(tmp_path: Path) -> None:
     label(ingested(tmp_path, name="one"), ["sam_edge"], Threshold(), Inverted())
     dataset = ingested(tmp_path, name="two")
-    for labelers in ((Threshold(die_once=str(tmp_path / "died")), Inverted()),):
-        plan = plan_labels(dataset, ["sam_edge"], labelers)
-        reports: list[Report] = []
-        actors.run(plan.group(dataset.store.url), plan.tasks, workers=2, device="cpu", on_report=reports.append)
-        assert (tmp_path / "died").exists()
-        assert sorted(r.shard for r in reports) == [0, 1, 2]
+    plan = plan_labels(dataset, ["sam_edge"], (Threshold(die_once=str(tmp_path / "died")), Inverted()))
+    reports: list[Report] = []
+    # More workers than any machine has cores: those without one must not be given a shard.
+    actors.run(plan.group(dataset.store.url), plan.tasks, workers=1000, device="cpu", on_report=reports.append)
+    assert (tmp_path / "died").exists()
+    assert sorted(r.shard for r in reports) == [0, 1, 2]
     one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
     assert {k: v for k, v in one.items() if k.endswith(".tar")} == {k: v for k, v in two.items() if k.endswith(".tar")}
+
+
+@pytest.mark.ray
+def test_ray_passes_on_what_stopped_a_worker_from_starting(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path)
+    plan = plan_labels(dataset, ["canny_edge"], [Unloadable()])
+    with pytest.raises(FileNotFoundError, match="no weights at all"):
+        actors.run(plan.group(dataset.store.url), plan.tasks, workers=2, device="cpu", on_report=lambda r: None)
+    assert dataset.committed("canny_edge") == []
+
+
+@pytest.mark.ray
+def test_a_shard_that_keeps_killing_its_worker_stops_the_run(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path)
+    plan = plan_labels(dataset, ["canny_edge"], [Threshold(die_once=str(tmp_path / "no" / "such" / "folder"))])
+    with pytest.raises(actors.TaskKilledWorkers, match="ended 3 worker processes"):
+        actors.run(plan.group(dataset.store.url), plan.tasks, workers=1, device="cpu", on_report=lambda r: None)
