@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from scipy import stats
 
+from model.blocks import attend
 from model.checkpoint import (
     config_from_ml4m,
     from_pretrained,
@@ -309,3 +310,17 @@ def test_unknown_modalities_are_named():
         model(batch)
     with pytest.raises(ValueError, match=r"specs_out has \['rgb@64'\]"):
         FourM(FourMConfig(**golden.SIZE), SPECS, [SPECS[2]])
+
+
+def test_attention_by_plain_products_is_the_fused_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5, generator=generator) < 0.6
+    mask[..., 0] = True
+    for seen in (None, mask):
+        exact = attend(q, k, v, seen)
+        plain = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), seen)
+        assert plain.dtype == torch.bfloat16
+        assert torch.allclose(plain.float(), exact, atol=0.03)
+    hidden = attend(q.bfloat16(), k.bfloat16(), v.bfloat16() * (torch.arange(5)[:, None] != 4), mask)
+    assert torch.isfinite(hidden).all()

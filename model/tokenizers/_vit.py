@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks import attend
+
 _NAMED = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
@@ -53,14 +55,6 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def _attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
-    if q_BHNK.device.type != "cpu" or q_BHNK.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
-    # The fused kernel's backward pass takes six times as long as this in bfloat16 on CPUs with AMX.
-    weights_BHNN = (q_BHNK * q_BHNK.shape[-1] ** -0.5 @ k_BHNK.transpose(-2, -1)).softmax(dim=-1)
-    return weights_BHNN.to(v_BHNK.dtype) @ v_BHNK
-
-
 class Attention(nn.Module):
     """Full self-attention with biases; (B, N, D) to (B, N, D)."""
 
@@ -74,7 +68,7 @@ class Attention(nn.Module):
         """Every token sees every token."""
         B, N, D = x_BND.shape
         q_BHNK, k_BHNK, v_BHNK = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        out_BHNK = _attend(q_BHNK, k_BHNK, v_BHNK)
+        out_BHNK = attend(q_BHNK, k_BHNK, v_BHNK)
         return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
 
 
