@@ -85,7 +85,7 @@ def sections(dataset: Dataset, samples: int, prefix: str = "") -> tuple[Section,
 
 
 def grid(dataset: Dataset, samples: int, prefix: str = "") -> Grid:
-    """The first samples of a dataset, spread over its shards, under every modality that can be shown, random ones last."""
+    """The first samples of a dataset, spread over its shards, under every modality that can be shown."""
     rows = sorted((r for r in status(dataset) if r.modality != "tokens"), key=lambda r: r.random)
     columns = tuple(Column(r.modality, r.labeler, r.random) for r in rows)
     names = [r.modality for r in rows]
