@@ -16,9 +16,9 @@ from dataengine import modalities
 from dataengine.geometry import crops_of
 from dataengine.manifest import Dataset
 from dataengine.packed import Column, Packed
+from model.domains import Domain
 from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
 from model.spec import ModalitySpec
-from model.tokenizers.domains import Domain
 
 # ImageNet statistics of images in 0..1: what ml-4m feeds the model with.
 RGB_MEAN = np.array([0.485, 0.456, 0.406], np.float32)

@@ -11,9 +11,9 @@ import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from dataengine.manifest import Dataset
+from model import domains
 from model.batches import MapBatches
 from model.generate import Step
-from model.tokenizers import domains
 from pipelines.sample import Samples, Tokenizers, predict
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.tokenizers import domains
+from model import domains
 from model.tokenizers.vqvae import VQVAEConfig
 
 RNG = np.random.default_rng(0)

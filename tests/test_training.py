@@ -17,11 +17,12 @@ from dataengine.ingest import IngestSettings, prepare
 from dataengine.manifest import Dataset
 from dataengine.packed import Packed
 from dataengine.plan import plan_labels
+from model import domains
 from model.fourm import FourMConfig
 from model.generate import Step
 from model.loop import LoopConfig
 from model.masking import MaskingConfig, MixtureComponent
-from model.tokenizers import domains, text
+from model.tokenizers import text
 from model.tokenizers.vqvae import VQVAEConfig
 from pipelines import evaluate, generate, pack, tokenize, train, train_tokenizer
 from tests.fakes import Inverted, Threshold

@@ -9,9 +9,6 @@ from typing import Any
 
 from dataengine import plugins
 
-# The one public file of this folder that holds no tokenizer: what a map looks like as network input.
-_NOT_TOKENIZERS = frozenset({"domains"})
-
 
 class Tokenizer(ABC):
     """Turns one value into ids in [0, vocab_size) and ids back into a value of the same kind."""
@@ -55,11 +52,9 @@ class Tokenizer(ABC):
 
 def names() -> list[str]:
     """The names of all tokenizers, sorted."""
-    return [name for name in plugins.names(__name__) if name not in _NOT_TOKENIZERS]
+    return plugins.names(__name__)
 
 
 def load(name: str) -> type[Tokenizer]:
     """The tokenizer class in the file `<name>.py`; ValueError for an unknown name."""
-    if name in _NOT_TOKENIZERS:
-        raise ValueError(f"{name!r} is no tokenizer; known: {', '.join(names())}")
     return plugins.load(__name__, name, Tokenizer)

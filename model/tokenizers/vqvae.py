@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from model import snapshots
-from model.tokenizers import Tokenizer, domains
+from model import domains, snapshots
+from model.domains import Domain, Map
+from model.tokenizers import Tokenizer
 from model.tokenizers._quantize import Quantizer, Usage, usage
 from model.tokenizers._vit import ViTDecoder, ViTEncoder, vit_size
-from model.tokenizers.domains import Domain, Map
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

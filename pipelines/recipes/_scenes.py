@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from model.domains import Domain
 from model.loop import LoopConfig
-from model.tokenizers.domains import Domain
 from model.tokenizers.vqvae import VQVAEConfig, dead_code_threshold
 from pipelines.train_tokenizer import TrainTokenizer
 

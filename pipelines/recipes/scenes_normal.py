@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.tokenizers import domains
+from model import domains
 from pipelines.recipes._scenes import tokenizer
 from pipelines.train_tokenizer import TrainTokenizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataengine.corpora.scenes import CLASS_IDS
-from model.tokenizers import domains
+from model import domains
 from pipelines.recipes._scenes import tokenizer
 from pipelines.train_tokenizer import TrainTokenizer
 
