@@ -118,12 +118,12 @@ class Dataset:
 
     def modalities(self) -> list[str]:
         """The modalities with at least one commit record, the ingested ones first."""
-        found = {path.split("/")[1] for path in self.store.find() if path.startswith("commits/")}
+        found = {m for m in self.store.folders("commits") if self.committed(m)}
         return [m for m in INGESTED if m in found] + sorted(found - set(INGESTED))
 
     def committed(self, modality: str) -> list[int]:
         """The shards of a modality that are committed, ascending."""
-        return [int(n[6:-5]) for n in self.store.list(f"commits/{modality}") if n.endswith(".json")]
+        return [int(n[6:-5]) for n in self.store.files(f"commits/{modality}") if n.endswith(".json")]
 
     def commit(self, modality: str, shard: int) -> Commit | None:
         """The commit record of a cell, or None when it is not committed."""
@@ -200,7 +200,7 @@ class Dataset:
         """All that was refused, in shard order."""
         return [
             Quarantined(**json.loads(line))
-            for name in self.store.list("quarantine")
+            for name in self.store.files("quarantine")
             for line in self.store.read(f"quarantine/{name}").decode().splitlines()
         ]
 

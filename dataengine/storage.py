@@ -40,7 +40,7 @@ class Store:
         self.fs.invalidate_cache()
         return bool(self.fs.exists(f"{self.base}/{path}"))
 
-    def list(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> list[str]:
         """Names of the objects directly in a folder, sorted; empty when there is no such folder."""
         self.fs.invalidate_cache()
         try:
@@ -48,6 +48,15 @@ class Store:
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted; empty when there is no such folder."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(f"{self.base}/{folder}", detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
 
     def find(self) -> Iterator[str]:
         """Every object under the root, as sorted relative paths."""

@@ -160,15 +160,16 @@ def status(root: Root, as_json: Json = False) -> None:
 @exits
 def verify(root: Root, as_json: Json = False) -> None:
     """Re-read everything: hashes, alignment, decodability, the schema of each modality, crops in range."""
-    from rich.progress import track
+    from rich.progress import Progress
 
     from dataengine import validate
 
     dataset = Dataset(root)
     dataset.plan  # noqa: B018  raises when this is no dataset
     cells = sum(len(dataset.committed(m)) for m in dataset.modalities())
-    steps = iter(track(range(cells), "verify", console=console))
-    problems = validate.verify(dataset, lambda modality, shard: (next(steps, None), None)[1])
+    with Progress(console=console) as bar:
+        task = bar.add_task("verify", total=cells)
+        problems = validate.verify(dataset, lambda modality, shard: bar.advance(task))
     for p in problems:
         console.print(f"{p.file} {p.key}: {p.problem}", markup=False)
     say([vars(p) for p in problems], as_json, f"{cells} cells read, {len(problems)} problems")

@@ -55,7 +55,7 @@ def test_the_first_writer_wins_and_the_loser_is_told(store: Store) -> None:
     assert not store.publish("a/b.txt", b"second")
     assert store.read("a/b.txt") == b"first"
     assert store.exists("a/b.txt")
-    assert (store.list("a"), store.list("nothing")) == (["b.txt"], [])
+    assert (store.files("a"), store.files("nothing")) == (["b.txt"], [])
     assert list(store.find()) == ["a/b.txt"]
     store.remove("a/b.txt")
     assert not store.exists("a/b.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ class TextLike(Modality):
 _NAME = re.compile(r"(?P<stem>[A-Za-z0-9_-]+?)(@(?P<resolution>\d+))?")
 
 
+@functools.lru_cache(maxsize=256)
 def load(name: str) -> Modality:
     """The modality of an on-disk name: `depth`, `CLIP-B16`, `tok_depth@224`; ValueError names the nearest known one."""
     match = _NAME.fullmatch(name)
