@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -311,7 +312,7 @@ class _Journal:
         self._file = (out / "log.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1 if done else None)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, disable=not config.progress, transient=True)
+        self._bar = Progress(*columns, disable=not config.progress, transient=True, console=Console(stderr=True))
         self._task = self._bar.add_task("training", total=config.steps, completed=done)
 
     def __enter__(self) -> Self:
