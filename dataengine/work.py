@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,13 +103,17 @@ def _label_shard(dataset: Dataset, loaded: Sequence[tuple[Labeler, Loaded]], tas
     inner = {m for labeler, _ in active for m in labeler.inputs} & emitted
     columns = {m: _Column(labeler) for labeler, _ in active for m in labeler.emits if m in inner | set(task.specs)}
     outer = sorted({"rgb", *(m for labeler, _ in active for m in labeler.inputs)} - inner)
-    size = max((labeler.batch_size for labeler, _ in active), default=1)
+    # Every labeler is fed its own batches, counted from the start of the shard, whoever else is in the group: a batch of
+    # other images may round differently, and a resumed shard must end with the same bytes.
+    size = math.lcm(*(labeler.batch_size for labeler, _ in active))
     with ThreadPoolExecutor(max_workers=2) as threads:
         for samples, bad in _prefetched(threads, _batches(dataset, task.shard, outer, size)):
             known = {s.key: dict(s.values) for s in samples}
             failed = {s.key: set(bad[s.key]) for s in samples}
             for labeler, call in active:
-                _label_batch(labeler, call, samples, known, failed, columns, inner, threads)
+                for start in range(0, len(samples), labeler.batch_size):
+                    batch = samples[start : start + labeler.batch_size]
+                    _label_batch(labeler, call, batch, known, failed, columns, inner, threads)
     random = _random(dataset, [labeler for labeler, _ in active], task.shard, outer)
     reports = [_publish(dataset, task, m, c, random[m]) for m, c in columns.items() if m in task.specs]
     return Report(task.shard, tuple(reports), time.perf_counter() - began)

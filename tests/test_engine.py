@@ -17,7 +17,7 @@ from dataengine.labeler import Labeler
 from dataengine.manifest import Conflict, Dataset, NotADataset
 from dataengine.plan import LabelPlan, order, plan_labels
 from dataengine.work import Report
-from tests.fakes import Inverted, Threshold, Unloadable, ingested, tree, write_images
+from tests.fakes import BatchMean, Inverted, Threshold, Unloadable, ingested, tree, write_images
 
 
 def label(dataset: Dataset, wanted: Sequence[str], *labelers: Labeler) -> tuple[LabelPlan, list[Report]]:
@@ -71,6 +71,16 @@ def test_one_pass_and_two_passes_give_the_same_bytes(tmp_path: Path) -> None:
     label(later, ["canny_edge"], Threshold())
     label(later, ["sam_edge"], Threshold(), Inverted())
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_labeler_gets_the_same_batches_whoever_else_runs(tmp_path: Path) -> None:
+    alone, together = ingested(tmp_path, shard_size=10, name="one"), ingested(tmp_path, shard_size=10, name="two")
+    label(alone, ["sam_edge"], BatchMean())
+    label(together, ["sam_edge", "canny_edge"], BatchMean(), Threshold())
+    (a, b) = (d.commit("sam_edge", 0) for d in (alone, together))
+    assert a is not None
+    assert b is not None
+    assert a.sha256 == b.sha256
 
 
 def test_a_second_run_has_nothing_to_do_and_a_lost_record_is_made_again(tmp_path: Path) -> None:
