@@ -103,8 +103,8 @@ def _label_shard(dataset: Dataset, loaded: Sequence[tuple[Labeler, Loaded]], tas
     inner = {m for labeler, _ in active for m in labeler.inputs} & emitted
     columns = {m: _Column(labeler) for labeler, _ in active for m in labeler.emits if m in inner | set(task.specs)}
     outer = sorted({"rgb", *(m for labeler, _ in active for m in labeler.inputs)} - inner)
-    # Every labeler is fed its own batches, counted from the start of the shard, whoever else is in the group: a batch of
-    # other images may round differently, and a resumed shard must end with the same bytes.
+    # Every labeler is fed its own batches, counted from the start of the shard, whoever else is in the group: a batch
+    # of other images may round differently, and a resumed shard must end with the same bytes.
     size = math.lcm(*(labeler.batch_size for labeler, _ in active))
     with ThreadPoolExecutor(max_workers=2) as threads:
         for samples, bad in _prefetched(threads, _batches(dataset, task.shard, outer, size)):

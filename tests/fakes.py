@@ -115,7 +115,7 @@ class BatchMean(Labeler):
 
     inputs = ("rgb",)
     emits = ("sam_edge",)
-    batch_size = 4
+    batch_size = 2
 
     def load(self, device: str) -> Loaded:
         def run(samples: Sequence[Sample]) -> list[dict[str, Any]]:
