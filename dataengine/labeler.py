@@ -67,6 +67,12 @@ class Labeler(ABC):
         """The plugin name, which is the file name."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random, so that what it computes means nothing."""
+        weights = self.weights()
+        return weights is not None and weights.random
+
     def identity(self) -> dict[str, Any]:
         """What decides the output bytes: name, version, settings, weights. Equal identity, equal output."""
         weights = self.weights()

@@ -233,8 +233,7 @@ def _random(dataset: Dataset, active: Sequence[Labeler], shard: int, outer: Sequ
     """Which modalities come from random weights, directly or through what they were computed from."""
     found = {m: bool((dataset.commit(m, shard) or _missing(m, shard)).provenance.get("random")) for m in outer}
     for labeler in active:
-        weights = labeler.weights()
-        made = (weights is not None and weights.random) or any(found[m] for m in labeler.inputs)
+        made = labeler.random or any(found[m] for m in labeler.inputs)
         found |= dict.fromkeys(labeler.emits, made)
     return found
 

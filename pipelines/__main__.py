@@ -109,8 +109,7 @@ def label(
     labelling.replace(dataset, replace or [])
     made = labelling.plan(dataset, names, recipe, settings)
     for labeler in made.labelers:
-        weights = labeler.weights()
-        if weights is not None and weights.random:
+        if labeler.random:
             console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")
     summary = running.execute(
         dataset,
@@ -121,7 +120,7 @@ def label(
         workers=workers,
         device=labelling.pick_device(device),
         max_bad_fraction=max_bad_fraction,
-        recipe=[x.identity() for x in made.labelers],
+        recipe=[{**x.identity(), "random": x.random} for x in made.labelers],
     )
     failed = sum(summary.invalid.values())
     say(

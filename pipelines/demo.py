@@ -116,8 +116,7 @@ def _label_photos(dataset: Dataset, out: Path, runner: Runner, workers: int) -> 
     wanted = [m for labeler in recipe.labelers for m in labeler.emits]
     made = label.plan(dataset, wanted, recipe)
     for labeler in made.labelers:
-        weights = labeler.weights()
-        if made.tasks and weights is not None and weights.random:
+        if made.tasks and labeler.random:
             console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")
     _execute(dataset, made, "label", runner, workers)
 

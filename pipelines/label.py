@@ -51,8 +51,7 @@ def _meaningful(dataset: Dataset, wanted: Sequence[str], candidates: Sequence[La
     there = {m for m in dataset.modalities() if m != CELL and not is_random(dataset, m)}
     for m in wanted:
         maker = next((c for c in candidates if m in c.emits), None)
-        weights = None if maker is None else maker.weights()
-        if maker is not None and (weights is None or not weights.random):
+        if maker is not None and not maker.random:
             there.add(m)
     return there
 
@@ -82,14 +81,6 @@ def replace(dataset: Dataset, modalities: Sequence[str]) -> int:
     for m, shard in cells:
         dataset.uncommit(m, shard)
     return len(cells)
-
-
-def describe(labeler: Labeler) -> str:
-    """One line for tables: the labeler, its weights, and whether they are random."""
-    weights = labeler.weights()
-    if weights is None:
-        return labeler.name
-    return f"{labeler.name} ({'RANDOM WEIGHTS' if weights.random else weights.source})"
 
 
 def pick_device(wanted: str) -> str:
