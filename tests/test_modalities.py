@@ -284,7 +284,7 @@ def test_averaged_normals_keep_their_length() -> None:
     np.testing.assert_allclose(out, np.broadcast_to([0.5**0.5, 0, 0.5**0.5], (2, 2, 3)), atol=1e-6)
     value[:, 1::2] = (-1, 0, 0)
     out = modalities.load("normal").crop(value, Crop(0, 0, 4, 4), (4, 4), 2)
-    assert_same(out, np.broadcast_to(np.array([0, 0, 1], dtype=np.float32), (2, 2, 3)))
+    assert_same(out, np.broadcast_to(np.array([0, 0, -1], dtype=np.float32), (2, 2, 3)))
 
 
 @pytest.mark.parametrize("side", [64, 100, 128, 200, 224, 256, 320])

@@ -9,9 +9,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from dataengine import corpora
+from dataengine import corpora, modalities
+from dataengine.corpora import Split, scenes
 from dataengine.corpora import _raycast as raycast
-from dataengine.corpora import scenes
 from dataengine.corpora._raycast import FOCAL, MAX_DEPTH_M, PITCH, WORLD_TO_CAMERA, Light, Part
 from dataengine.corpora._world import COLOURS, GROUNDS, build
 from dataengine.corpora.scenes import CLASS_IDS, NAMED_SHARE, NOUNS, NUMBERS, Scene, Scenes, render
@@ -337,3 +337,12 @@ def test_a_bad_seed_or_size_is_refused() -> None:
         render(-1, 32)
     with pytest.raises(ValueError, match="4"):
         render(0, 4)
+
+
+def test_stored_normals_have_opencv_axes() -> None:
+    for sample in corpora.load("scenes:8?size=64").read(Split("seeds", 0, 8)):
+        normal, semseg = sample.values["normal"], sample.values["semseg"]
+        ground = np.isin(semseg, [CLASS_IDS[name] for name in ("grass-merged", "road", "sand", "floor-wood")])
+        assert (normal[ground][:, 1] < -0.9).all()
+        assert (normal[semseg == CLASS_IDS["sky-other-merged"]] == [0, 0, -1]).all()
+        modalities.load("normal").check(normal, (64, 64))

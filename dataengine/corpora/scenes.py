@@ -59,6 +59,8 @@ UNDER_SKY: dict[str, tuple[str, ...]] = {
     "grey": ("under a grey sky", "on an overcast day"),
     "evening": ("under an evening sky", "at sunset"),
 }
+OPENCV_AXES = np.array([1, -1, -1], np.float32)
+"""From y up and z towards the camera, as a scene has it, to y down and z forward, as the modality is stored."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 SALT = 0x5CE7E5  # keeps scene n apart from whatever else is drawn from seed n
 MIN_SIZE = 8
@@ -122,7 +124,7 @@ class Scenes(Corpus):
             values = {
                 "rgb": scene.rgb,
                 "depth": scene.depth / np.float32(MAX_DEPTH_M),
-                "normal": scene.normal,
+                "normal": scene.normal * OPENCV_AXES,
                 "semseg": scene.semseg,
                 "det": {"instances": scene.boxes},
                 "sam_instance": _masks(scene.instance),

@@ -11,9 +11,15 @@ from dataengine.geometry import Crop, crop_map
 from dataengine.modalities import Kind, Modality, Picture
 from dataengine.modalities import _checks as expect
 
+_FACING = np.array([0, 0, -1], dtype=np.float32)
+"""A wall that faces the camera."""
+
 
 class Normal(Modality):
-    """Unit vectors float32 (h, w, 3): x right, y up, z towards the camera.
+    """Unit vectors float32 (h, w, 3): x right, y down, z forward, pointing out of the surface.
+
+    These are OpenCV's camera axes, in which ml-4m's published predictions are drawn: a wall that faces the camera is
+    (0, 0, -1), a floor (0, -1, 0).
 
     Stored as an 8-bit RGB PNG of (n + 1) / 2 * 255, rounded, and scaled to unit length when read: what is read differs
     by at most 0.4 degrees.
@@ -41,12 +47,12 @@ class Normal(Modality):
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """A wall that faces the camera."""
-        return np.broadcast_to(np.array([0, 0, 1], dtype=np.float32), (*size, 3)).copy()
+        return np.broadcast_to(_FACING, (*size, 3)).copy()
 
     def example(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
         """Uniform on the half of the sphere that faces the camera."""
         value = rng.standard_normal((*size, 3)).astype(np.float32)
-        return _unit(np.concatenate([value[..., :2], np.abs(value[..., 2:])], axis=2))
+        return _unit(np.concatenate([value[..., :2], -np.abs(value[..., 2:])], axis=2))
 
     def crop(self, value: np.ndarray, crop: Crop, size: tuple[int, int], side: int) -> np.ndarray:
         """float32 (side, side, 3), again of unit length; a mirrored crop has x negated."""
@@ -65,5 +71,4 @@ def _colours(value: np.ndarray) -> np.ndarray:
 def _unit(value: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(value, axis=2, keepdims=True)
     # Opposite normals of one cell may cancel out; then the side that is seen is the one that faces the camera.
-    facing = np.array([0, 0, 1], dtype=np.float32)
-    return np.where(length > 1e-6, value / np.maximum(length, 1e-6), facing).astype(np.float32)
+    return np.where(length > 1e-6, value / np.maximum(length, 1e-6), _FACING).astype(np.float32)
