@@ -68,13 +68,14 @@ class ClipB16(Labeler):
 
     def tiny(self, folder: Path) -> ClipB16:
         """One random block of width 32 in the format of the published checkpoint."""
-        from safetensors.torch import save_file
-
-        shape = {"width": 32, "layers": 1, "patch": 16, "image": 224, "mlp": 64, "out": 16}
-        state = _checkpoints.randomised(_build(shape, quick_gelu=True).state_dict(), seed=0)
         file = folder / "clip_b16.safetensors"
-        save_file({f"visual.{name}": value.half() for name, value in state.items()}, file)
-        weights.mark_random(file, seed=0)
+        if not file.exists():
+            from safetensors.torch import save_file
+
+            shape = {"width": 32, "layers": 1, "patch": 16, "image": 224, "mlp": 64, "out": 16}
+            state = _checkpoints.randomised(_build(shape, quick_gelu=True).state_dict(), seed=0)
+            save_file({f"visual.{name}": value.half() for name, value in state.items()}, file)
+            weights.mark_random(file, seed=0)
         return replace(self, checkpoint=str(file))
 
 

@@ -58,13 +58,14 @@ class DinoV2(Labeler):
 
     def tiny(self, folder: Path) -> DinoV2:
         """Two random blocks of width 16, published for 5 x 5 patches, in the format of the published checkpoint."""
-        import torch
-
-        state = _checkpoints.randomised(_build(width=16, depth=2, mlp=64, patch=14, side=70).state_dict(), seed=0)
-        state["mask_token"] = torch.zeros(1, 16)
         file = folder / "dinov2_b14.pth"
-        torch.save(state, file)
-        weights.mark_random(file, seed=0)
+        if not file.exists():
+            import torch
+
+            state = _checkpoints.randomised(_build(width=16, depth=2, mlp=64, patch=14, side=70).state_dict(), seed=0)
+            state["mask_token"] = torch.zeros(1, 16)
+            torch.save(state, file)
+            weights.mark_random(file, seed=0)
         return replace(self, checkpoint=str(file))
 
 

@@ -87,11 +87,12 @@ class Sam(Labeler):
 
         A random network is sure of nothing, so the thresholds are such that some masks pass.
         """
-        import torch
-
         file = folder / "sam.pth"
-        torch.save(_sam.random_state(seed=2), file)
-        weights.mark_random(file, seed=2)
+        if not file.exists():
+            import torch
+
+            torch.save(_sam.random_state(seed=2), file)
+            weights.mark_random(file, seed=2)
         return replace(
             self,
             checkpoint=str(file),

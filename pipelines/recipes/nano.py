@@ -44,7 +44,7 @@ def recipe() -> TrainFourM:
             redistribute=True,
         ),
         loop=LoopConfig(
-            steps=2400,
+            steps=1800,
             lr=1e-3,
             min_lr=1e-5,
             warmup_steps=100,
