@@ -21,9 +21,9 @@ def write(folder: Path) -> int:
         if not target.exists():
             shutil.copyfile(_package(package) / FOLDERS[package] / file, target)
     by_file = {name.split("/")[1]: caption for name, caption in captions.items()}
-    text, file = json.dumps(by_file, indent=1) + "\n", folder / "captions.json"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
+    text, listed = json.dumps(by_file, indent=1) + "\n", folder / "captions.json"
+    if not listed.exists() or listed.read_text() != text:
+        listed.write_text(text)
     return len(by_file)
 
 
