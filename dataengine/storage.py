@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +68,7 @@ class Store:
     def publish(self, path: str, data: bytes) -> bool:
         """Make a whole object appear under `path`; False, and nothing changed, when one is already there.
 
-        Local disk: written and synced in `.staging/`, hard-linked to its name (which fails if it is taken), folder
+        Local disk: written and synced without a name, hard-linked to its name (which fails if it is taken), folder
         synced. Object store: one conditional put.
         """
         if self.local:
@@ -82,25 +83,18 @@ class Store:
         target = Path(self.base, path)
         if target.exists():
             return False
-        staging = Path(self.base, ".staging")
-        staging.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=staging, prefix=target.name + ".", delete=False) as stream:
-            stream.write(data)
-            stream.flush()
-            os.fchmod(stream.fileno(), 0o644)
-            os.fsync(stream.fileno())
         try:
-            os.link(stream.name, target)
+            with _written(target.parent, data) as source:
+                # Linking by descriptor needs AT_SYMLINK_FOLLOW, which Python passes on only beside a directory.
+                folder = os.open(target.parent, os.O_RDONLY)
+                try:
+                    os.link(source, target, src_dir_fd=folder, follow_symlinks=True)
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
         except FileExistsError:
             return False
-        finally:
-            os.unlink(stream.name)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
         return True
 
     def append(self, path: str, line: str) -> None:
@@ -114,6 +108,31 @@ class Store:
     def remove(self, path: str) -> None:
         """Delete one object."""
         self.fs.rm_file(f"{self.base}/{path}")
+
+
+@contextmanager
+def _written(folder: Path, data: bytes) -> Iterator[str]:
+    """A synced file with these bytes that has no name in `folder` yet, as a path that can be linked to one.
+
+    It is nameless where the file system can do that (O_TMPFILE), so that a killed process leaves nothing behind; else
+    it lies in `.staging/` beside its target, where `gc` finds what was left.
+    """
+    try:
+        handle, name = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o644), None
+    except (OSError, AttributeError):
+        staging = folder / ".staging"
+        staging.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=staging)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+            yield name or f"/proc/self/fd/{handle}"
+    finally:
+        if name is not None:
+            os.unlink(name)
 
 
 def split_url(url: str) -> tuple[Any, str]:

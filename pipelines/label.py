@@ -57,18 +57,17 @@ def _meaningful(dataset: Dataset, wanted: Sequence[str], candidates: Sequence[La
 
 
 def _set(labelers: Sequence[Labeler], settings: Sequence[str]) -> list[Labeler]:
-    """The labelers with `labeler.field=value` applied."""
-    out = {labeler.name: labeler for labeler in labelers}
+    """The labelers with `labeler.field=value` applied to every one of that name; a name not among them is added."""
+    out = list(labelers)
     for setting in settings:
         name, _, rest = setting.partition(".")
-        if name not in out:
-            if name not in plugins.names("labelers"):
-                raise ValueError(
-                    f"unknown labeler {name!r}{plugins.nearest(name, plugins.names('labelers'))} in {setting!r}"
-                )
-            out[name] = plugins.load("labelers", name, Labeler)()
-        out[name] = config.override(out[name], [rest])
-    return list(out.values())
+        if not any(labeler.name == name for labeler in out):
+            known = plugins.names("labelers")
+            if name not in known:
+                raise ValueError(f"unknown labeler {name!r}{plugins.nearest(name, known)} in {setting!r}")
+            out.append(plugins.load("labelers", name, Labeler)())
+        out = [config.override(labeler, [rest]) if labeler.name == name else labeler for labeler in out]
+    return out
 
 
 def replace(dataset: Dataset, modalities: Sequence[str]) -> int:

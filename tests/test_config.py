@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dataengine import plugins
-from pipelines import config
+from pipelines import config, label
 from pipelines.train import TrainFourM
+from tests.fakes import Inverted, Threshold, ingested
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,9 @@ def test_a_mistyped_recipe_names_the_nearest_and_a_wrong_kind_says_so(tmp_path: 
 def test_paths_move_with_the_output_folder() -> None:
     assert config.with_paths(Outer(), "out/demo", "/elsewhere").out == "/elsewhere/x"
     assert config.with_paths(Outer(out="data"), "out/demo", "/elsewhere").out == "data"
+
+
+def test_a_recipe_may_hold_two_labelers_of_one_file(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path, count=2)
+    made = label.plan(dataset, ["sam_edge"], label.LabelRun(labelers=(Threshold(level=7), Inverted())))
+    assert made.labelers == (Threshold(level=7), Inverted())

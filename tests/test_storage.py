@@ -123,3 +123,14 @@ def test_a_plan_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="seed: 0 there, 9 asked"):
         dataset.write_plan(changed)
     assert json.loads((tmp_path / "root/plan.json").read_text())["seed"] == 0
+
+
+def test_a_file_system_without_nameless_files_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.O_TMPFILE")
+    store = Store(tmp_path)
+    assert store.publish("a/b.txt", b"first")
+    assert not store.publish("a/b.txt", b"second")
+    assert (store.read("a/b.txt"), store.files("a/.staging")) == (b"first", [])
+    (tmp_path / "a/.staging/left.over").write_bytes(b"half")
+    (tmp_path / "plan.json").write_text("{}")
+    assert Dataset(tmp_path).orphans() == ["a/.staging/left.over", "a/b.txt"]
