@@ -22,7 +22,7 @@ SLOW = """
 from pipelines.label import LabelRun
 from tests.fakes import Inverted, Threshold
 def recipe():
-    return LabelRun(labelers=(Threshold(seconds=0.7), Inverted()))
+    return LabelRun(labelers=(Threshold(seconds=0.4), Inverted()))
 """
 
 
