@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from dataengine import provenance
@@ -68,14 +68,19 @@ def order(wanted: Sequence[str], labelers: Iterable[Labeler], present: Iterable[
     return ordered
 
 
-def plan_labels(dataset: Dataset, wanted: Sequence[str], labelers: Iterable[Labeler]) -> LabelPlan:
-    """The cells that are wanted, or needed for wanted ones, and not committed; Conflict names those made otherwise."""
+def plan_labels(
+    dataset: Dataset, wanted: Sequence[str], labelers: Iterable[Labeler], replace: Collection[str] = ()
+) -> LabelPlan:
+    """The cells that are wanted, or needed for wanted ones, and not committed; Conflict names those made otherwise.
+
+    Columns of `replace` are planned as if they were not there; nothing is deleted.
+    """
     ingested = dataset.plan.ingested
     taken = [m for m in wanted if m in ingested]
     if taken:
         raise ValueError(f"{', '.join(taken)}: written at ingest, not by a labeler")
     shards = dataset.committed("rgb")
-    complete = {m for m in dataset.modalities() if set(dataset.committed(m)) >= set(shards)}
+    complete = {m for m in dataset.modalities() if m not in replace and set(dataset.committed(m)) >= set(shards)}
     ordered = order(wanted, labelers, complete)
     names = {m for labeler in ordered for m in labeler.emits}
     needed = {m for labeler in ordered for m in labeler.inputs} & names
@@ -85,7 +90,7 @@ def plan_labels(dataset: Dataset, wanted: Sequence[str], labelers: Iterable[Labe
         specs = _specs(dataset, ordered, shard)
         todo = {}
         for modality in sorted(cells):
-            record = dataset.commit(modality, shard)
+            record = None if modality in replace else dataset.commit(modality, shard)
             if record is None:
                 todo[modality] = specs[modality]
             elif record.spec != specs[modality]:

@@ -106,8 +106,8 @@ def label(
 
     dataset = Dataset(root)
     names, settings = _split(modalities)
+    made = labelling.plan(dataset, names, recipe, settings, replace or [])
     labelling.replace(dataset, replace or [])
-    made = labelling.plan(dataset, names, recipe, settings)
     for labeler in made.labelers:
         if labeler.random:
             console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")

@@ -26,7 +26,11 @@ def default_labelers() -> list[Labeler]:
 
 
 def plan(
-    dataset: Dataset, modalities: Sequence[str], recipe: str | LabelRun | None, settings: Sequence[str] = ()
+    dataset: Dataset,
+    modalities: Sequence[str],
+    recipe: str | LabelRun | None,
+    settings: Sequence[str] = (),
+    replace: Sequence[str] = (),
 ) -> LabelPlan:
     """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
     run = recipe if isinstance(recipe, LabelRun) else LabelRun() if recipe is None else config.load(recipe, LabelRun)
@@ -41,9 +45,11 @@ def plan(
             raise ValueError(
                 f"nothing makes {m!r}{plugins.nearest(m, known)}; there are labelers for: {', '.join(known)}"
             )
-    return plan_labels(
-        dataset, wanted, [labeler.adapted(_meaningful(dataset, wanted, candidates)) for labeler in candidates]
-    )
+    stray = [m for m in replace if m not in wanted]
+    if stray:
+        raise ValueError(f"--replace {', '.join(stray)}: not among the modalities to label, {', '.join(wanted)}")
+    meaningful = _meaningful(dataset, wanted, candidates)
+    return plan_labels(dataset, wanted, [labeler.adapted(meaningful) for labeler in candidates], replace)
 
 
 def _meaningful(dataset: Dataset, wanted: Sequence[str], candidates: Sequence[Labeler]) -> set[str]:

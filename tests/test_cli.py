@@ -91,6 +91,10 @@ def test_mistakes_are_refused_with_the_nearest_right_word(tmp_path: Path) -> Non
     assert run("label", root, "canny_edge", "--runner", "local").returncode == 0
     conflict = run("label", root, "canny_edge", "canny_edge.high=150", "--runner", "local")
     assert (conflict.returncode, "--replace canny_edge" in conflict.stderr) == (5, True)
+    before = tree(root)
+    for arguments in (("canny_egde",), ("canny_edge", "canny_edge.hihg=3"), ("metadata",)):
+        assert run("label", root, *arguments, "--replace", "canny_edge", "--runner", "local").returncode == 2
+    assert tree(root) == before
     replaced = run("label", root, "canny_edge", "canny_edge.high=150", "--replace", "canny_edge", "--runner", "local")
     assert replaced.returncode == 0, replaced.stderr
 
