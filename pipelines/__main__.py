@@ -207,19 +207,26 @@ def retry(
     max_bad_fraction: Bad = 0.05,
 ) -> None:
     """Make cells with failed labels again: forget them, then label. Samples refused at ingest are in no cell."""
+    from pipelines import label as labelling
+
     dataset = Dataset(root)
-    names, _ = _split(modalities)
+    names, settings = _split(modalities)
     ingested = dataset.plan.ingested
-    again: dict[str, int] = {}
-    for m in names or [m for m in dataset.modalities() if m not in ingested and not m.startswith("tok")]:
-        for shard in dataset.committed(m):
-            record = dataset.commit(m, shard)
-            if record is not None and any(reason in why for why in record.invalid.values()):
-                dataset.uncommit(m, shard)
-                again[m] = again.get(m, 0) + 1
-    console.print(f"cells to make again: {again or 'none'}")
-    if again:
-        label(root, [*again, *_split(modalities)[1]], recipe, runner, workers, "auto", None, max_bad_fraction, False)
+    failed = [
+        (m, shard)
+        for m in names or [m for m in dataset.modalities() if m not in ingested and not m.startswith("tok")]
+        for shard in dataset.committed(m)
+        if any(reason in why for why in getattr(dataset.commit(m, shard), "invalid", {}).values())
+    ]
+    again = sorted({m for m, _ in failed})
+    console.print(f"{len(failed)} cells to make again: {', '.join(again) or 'none'}")
+    if not again:
+        return
+    # Planned before anything is forgotten: a mistyped setting or recipe loses nothing.
+    labelling.plan(dataset, again, recipe, settings, again)
+    for m, shard in failed:
+        dataset.uncommit(m, shard)
+    label(root, [*again, *settings], recipe, runner, workers, "auto", None, max_bad_fraction, False)
 
 
 @app.command()
