@@ -69,11 +69,14 @@ def order(wanted: Sequence[str], labelers: Iterable[Labeler], present: Iterable[
 
 
 def plan_labels(
-    dataset: Dataset, wanted: Sequence[str], labelers: Iterable[Labeler], replace: Collection[str] = ()
+    dataset: Dataset,
+    wanted: Sequence[str],
+    labelers: Iterable[Labeler],
+    replace: Collection[str | tuple[str, int]] = (),
 ) -> LabelPlan:
     """The cells that are wanted, or needed for wanted ones, and not committed; Conflict names those made otherwise.
 
-    Columns of `replace` are planned as if they were not there; nothing is deleted.
+    The columns, or (column, shard) cells, of `replace` are planned as if they were not there; nothing is deleted.
     """
     ingested = dataset.plan.ingested
     taken = [m for m in wanted if m in ingested]
@@ -90,7 +93,8 @@ def plan_labels(
         specs = _specs(dataset, ordered, shard)
         todo = {}
         for modality in sorted(cells):
-            record = None if modality in replace else dataset.commit(modality, shard)
+            gone = modality in replace or (modality, shard) in replace
+            record = None if gone else dataset.commit(modality, shard)
             if record is None:
                 todo[modality] = specs[modality]
             elif record.spec != specs[modality]:

@@ -223,7 +223,7 @@ def retry(
     if not again:
         return
     # Planned before anything is forgotten: a mistyped setting or recipe loses nothing.
-    labelling.plan(dataset, again, recipe, settings, again)
+    labelling.plan(dataset, again, recipe, settings, failed)
     for m, shard in failed:
         dataset.uncommit(m, shard)
     label(root, [*again, *settings], recipe, runner, workers, "auto", None, max_bad_fraction, False)

@@ -30,7 +30,7 @@ def plan(
     modalities: Sequence[str],
     recipe: str | LabelRun | None,
     settings: Sequence[str] = (),
-    replace: Sequence[str] = (),
+    replace: Sequence[str | tuple[str, int]] = (),
 ) -> LabelPlan:
     """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
     run = recipe if isinstance(recipe, LabelRun) else LabelRun() if recipe is None else config.load(recipe, LabelRun)
@@ -45,7 +45,7 @@ def plan(
             raise ValueError(
                 f"nothing makes {m!r}{plugins.nearest(m, known)}; there are labelers for: {', '.join(known)}"
             )
-    stray = [m for m in replace if m not in wanted]
+    stray = [m for m in replace if isinstance(m, str) and m not in wanted]
     if stray:
         raise ValueError(f"--replace {', '.join(stray)}: not among the modalities to label, {', '.join(wanted)}")
     meaningful = _meaningful(dataset, wanted, candidates)
