@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from threadpoolctl import threadpool_limits
 
@@ -25,6 +25,8 @@ class Task:
 
     shard: int
     specs: dict[str, str]
+    rows: tuple[int, int] | None = None
+    """None: the whole shard, committed at the end; else only rows start..stop, left in staging for who commits."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Report:
     cells: tuple[CellReport, ...]
     seconds: float
     num_refused: int = 0
+    rows: tuple[int, int] | None = None
+    outcome: Literal["done", "busy", "drained"] = "done"
+    """`busy`: another run holds the shard, nothing was done; `drained`: told to stop, finished rows are in staging."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds by what they went to: `read`, `decode`, `label:<labeler>`, `encode`, `commit`, `wait`."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know: a batch that had to shrink, a process that died and on what."""
 
 
 Work = Callable[[Task], Report]
