@@ -1,4 +1,4 @@
-"""What happens in a run, as one stream of small records: the live table, the metrics, the log and the report read it."""
+"""What happens in a run, as one stream of small records: the live table, metrics, log and report read it."""
 
 from __future__ import annotations
 
