@@ -163,6 +163,10 @@ class Dataset:
             if there is None and shards.sha256(self.store.read(record.file)) != record.sha256:
                 self.store.remove(record.file)
                 self.store.publish(record.file, data)
+        return self.record(record)
+
+    def record(self, record: Commit) -> bool:
+        """Publish the record of a cell whose file is in place: the second half of `publish`, with its outcomes."""
         if self.store.publish(_record_path(record.modality, record.shard), _json(dataclasses.asdict(record))):
             return True
         there = self.commit(record.modality, record.shard)
