@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -75,6 +75,8 @@ class LabelGroup:
 
     root: str
     labelers: tuple[Labeler, ...]
+    batches: Mapping[str, int] = field(default_factory=dict)
+    """Batch sizes other than the labelers' own, by labeler name."""
 
     def start(self, device: str) -> Work:
         """Load every labeler of the group."""
