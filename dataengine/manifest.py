@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import tarfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataengine import shards
 from dataengine.canonical import Limits
+from dataengine.index import Index, record_path
 from dataengine.shards import Member, shard_name
 from dataengine.storage import Store
 
@@ -118,8 +120,7 @@ class Dataset:
 
     def modalities(self) -> list[str]:
         """The modalities with at least one commit record, the ingested ones first."""
-        found = {m for m in self.store.folders("commits") if self.committed(m)}
-        return [m for m in INGESTED if m in found] + sorted(found - set(INGESTED))
+        return ingested_first(m for m in self.store.folders("commits") if self.committed(m))
 
     def committed(self, modality: str) -> list[int]:
         """The shards of a modality that are committed, ascending."""
@@ -128,7 +129,7 @@ class Dataset:
     def commit(self, modality: str, shard: int) -> Commit | None:
         """The commit record of a cell, or None when it is not committed."""
         try:
-            record = json.loads(self.store.read(_record_path(modality, shard)))
+            record = json.loads(self.store.read(record_path(modality, shard)))
         except FileNotFoundError:
             return None
         return Commit(**{**record, "keys": tuple(record["keys"])})
@@ -167,7 +168,7 @@ class Dataset:
 
     def record(self, record: Commit) -> bool:
         """Publish the record of a cell whose file is in place: the second half of `publish`, with its outcomes."""
-        if self.store.publish(_record_path(record.modality, record.shard), _json(dataclasses.asdict(record))):
+        if self.store.publish(record_path(record.modality, record.shard), _json(dataclasses.asdict(record))):
             return True
         there = self.commit(record.modality, record.shard)
         if there is None or (there.spec, there.sha256) != (record.spec, record.sha256):
@@ -180,17 +181,18 @@ class Dataset:
         """Forget a cell: its record first, so that no reader sees a record without its file."""
         record = self.commit(modality, shard)
         if record is not None:
-            self.store.remove(_record_path(modality, shard))
+            self.store.remove(record_path(modality, shard))
             self.store.remove(record.file)
 
-    def orphans(self) -> list[str]:
-        """Files of the layout that no commit record names, and staging leftovers: what `gc` may delete."""
-        kept = {"plan.json"}
+    def orphans(self, exclude: Callable[[str], bool] = lambda path: False) -> list[str]:
+        """Files of the layout that no commit record names, and staging leftovers: what `gc` may delete.
+
+        `exclude` says of a path that somebody is at work on it: the file of a cell appears before its record does.
+        """
+        # Listed before the records are: a cell that is committed meanwhile is kept.
         found = list(self.store.find())
-        for path in found:
-            if path.startswith("commits/"):
-                kept |= {path, json.loads(self.store.read(path))["file"]}
-        return [p for p in found if p not in kept and not p.startswith(("runs/", "quarantine/"))]
+        kept = {"plan.json", *Index.open(self.store).files()}
+        return [p for p in found if p not in kept and not p.startswith(("runs/", "quarantine/")) and not exclude(p)]
 
     # -- quarantine ---------------------------------------------------------------------------------------------------
 
@@ -209,13 +211,15 @@ class Dataset:
         ]
 
 
+def ingested_first(modalities: Iterable[str]) -> list[str]:
+    """Modalities in the order people read them: those of every corpus first, the others by name."""
+    found = set(modalities)
+    return [m for m in INGESTED if m in found] + sorted(found - set(INGESTED))
+
+
 def tar_path(modality: str, shard: int) -> str:
     """Where the tar of a cell lies."""
     return f"{modality}/{shard_name(shard)}.tar"
-
-
-def _record_path(modality: str, shard: int) -> str:
-    return f"commits/{modality}/{shard_name(shard)}.json"
 
 
 def _json(value: Any) -> bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dataengine import provenance
+from dataengine.index import Index
 from dataengine.labeler import Labeler
 from dataengine.manifest import Conflict, Dataset
 from dataengine.shards import shard_name
@@ -14,12 +15,16 @@ from dataengine.work import LabelGroup, Task
 
 @dataclass(frozen=True)
 class LabelPlan:
-    """Labelers in dependency order, the wanted modalities, and for each shard the cells still to do."""
+    """Labelers in dependency order, the wanted modalities, and for each shard the cells still to do.
+
+    `num_rows` is the number of samples of every shard, whether there is anything to do in it or not.
+    """
 
     labelers: tuple[Labeler, ...]
     wanted: tuple[str, ...]
     tasks: tuple[Task, ...]
     num_done: int
+    num_rows: Mapping[int, int] = field(default_factory=dict)
 
     def group(self, root: str) -> LabelGroup:
         """All of it as one group: one process decodes an image once and runs every labeler on it."""
@@ -73,56 +78,66 @@ def plan_labels(
     wanted: Sequence[str],
     labelers: Iterable[Labeler],
     replace: Collection[str | tuple[str, int]] = (),
+    index: Index | None = None,
 ) -> LabelPlan:
     """The cells that are wanted, or needed for wanted ones, and not committed; Conflict names those made otherwise.
 
     The columns, or (column, shard) cells, of `replace` are planned as if they were not there; nothing is deleted.
+    `index` is one that was opened just now, where there is one.
     """
     ingested = dataset.plan.ingested
     taken = [m for m in wanted if m in ingested]
     if taken:
         raise ValueError(f"{', '.join(taken)}: written at ingest, not by a labeler")
-    shards = dataset.committed("rgb")
-    complete = {m for m in dataset.modalities() if m not in replace and set(dataset.committed(m)) >= set(shards)}
+    index = Index.open(dataset.store) if index is None else index
+    num_rows = index.num_samples("rgb")
+    complete = {m for m in index.modalities() if m not in replace and num_rows.keys() <= set(index.shards(m))}
     ordered = order(wanted, labelers, complete)
     names = {m for labeler in ordered for m in labeler.emits}
     needed = {m for labeler in ordered for m in labeler.inputs} & names
-    cells = set(wanted) | needed
+    cells = sorted(set(wanted) | needed)
+    made = [_Identity(labeler, cells) for labeler in ordered]
+    read = {m for identity in made for m in identity.inputs}
+    committed = {m: index.specs(m) for m in {*cells, *read}}
     tasks, num_done = [], 0
-    for shard in shards:
-        specs = _specs(dataset, ordered, shard)
+    for shard in num_rows:
+        specs = _specs(made, committed, shard)
         todo = {}
-        for modality in sorted(cells):
+        for modality in cells:
             gone = modality in replace or (modality, shard) in replace
-            record = None if gone else dataset.commit(modality, shard)
-            if record is None:
+            there = None if gone else committed[modality].get(shard)
+            if there is None:
                 todo[modality] = specs[modality]
-            elif record.spec != specs[modality]:
+            elif there != specs[modality]:
                 raise Conflict(
                     f"{modality}/{shard_name(shard)} was made with other settings, weights or inputs (identity "
-                    f"{record.spec[:12]}, now {specs[modality][:12]}); --replace {modality} makes it anew"
+                    f"{there[:12]}, now {specs[modality][:12]}); --replace {modality} makes it anew"
                 )
             else:
                 num_done += 1
         if todo:
             tasks.append(Task(shard, todo))
-    return LabelPlan(tuple(ordered), tuple(wanted), tuple(tasks), num_done)
+    return LabelPlan(tuple(ordered), tuple(wanted), tuple(tasks), num_done, num_rows)
 
 
-def _specs(dataset: Dataset, ordered: Sequence[Labeler], shard: int) -> dict[str, str]:
+class _Identity:
+    """What of a labeler's identity all shards share: asked for once, because weights may take minutes to hash."""
+
+    def __init__(self, labeler: Labeler, cells: Collection[str]) -> None:
+        self.inputs = sorted({"rgb", *labeler.inputs})
+        identity = labeler.identity()
+        self.specs = {m: provenance.specs({**identity, "emits": m}) for m in labeler.emits if m in cells}
+
+
+def _specs(made: Sequence[_Identity], committed: Mapping[str, Mapping[int, str]], shard: int) -> dict[str, str]:
     """The identity of every cell of a shard that these labelers make, from the identities of what they read."""
     known: dict[str, str] = {}
-
-    def spec_of(modality: str) -> str:
-        if modality not in known:
-            record = dataset.commit(modality, shard)
-            if record is None:
-                raise Conflict(f"{modality}/{shard_name(shard)} is an input and is not committed")
-            known[modality] = record.spec
-        return known[modality]
-
-    for labeler in ordered:
-        inputs = {m: spec_of(m) for m in sorted({"rgb", *labeler.inputs})}
-        for modality in labeler.emits:
-            known[modality] = provenance.spec({**labeler.identity(), "emits": modality}, inputs)
+    for labeler in made:
+        for m in labeler.inputs:
+            if m not in known:
+                if shard not in committed[m]:
+                    raise Conflict(f"{m}/{shard_name(shard)} is an input and is not committed")
+                known[m] = committed[m][shard]
+        inputs = {m: known[m] for m in labeler.inputs}
+        known.update((m, spec_of(inputs)) for m, spec_of in labeler.specs.items())
     return known

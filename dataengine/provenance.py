@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataengine.labeler import Labeler
@@ -41,5 +41,17 @@ def versions() -> dict[str, str]:
 
 def spec(identity: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The identity of a cell: sha256 over what computes it and the specs of the cells it is computed from."""
-    text = json.dumps({"identity": identity, "inputs": inputs}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return specs(identity)(inputs)
+
+
+def specs(identity: Mapping[str, Any]) -> Callable[[Mapping[str, str]], str]:
+    """`spec` for many cells of one identity, which is written out and hashed once."""
+    # The JSON text of {"identity": identity, "inputs": inputs} with sorted keys, in two parts.
+    head = hashlib.sha256(f'{{"identity": {json.dumps(identity, sort_keys=True)}, "inputs": '.encode())
+
+    def of(inputs: Mapping[str, str]) -> str:
+        digest = head.copy()
+        digest.update((json.dumps(inputs, sort_keys=True) + "}").encode())
+        return digest.hexdigest()
+
+    return of

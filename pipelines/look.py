@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dataengine import modalities
-from dataengine.manifest import Commit, Dataset
+from dataengine import index, modalities
+from dataengine.index import Index
+from dataengine.manifest import Commit, Dataset, ingested_first
 from dataengine.modalities import Picture
 from dataengine.shards import shard_name
 from pipelines.page import Cell, Column, Grid, Page, Row, Section, Table
@@ -32,28 +33,17 @@ class Status:
 def status(dataset: Dataset) -> list[Status]:
     """One line a modality, the ingested ones first."""
     of = dataset.plan.num_shards
+    cells = Index.open(dataset.store)
     out = []
-    for modality in dataset.modalities():
-        records = _records(dataset, modality)
-        out.append(
-            Status(
-                modality=modality,
-                shards=len(records),
-                of=of,
-                samples=sum(r.num_samples for r in records),
-                invalid=sum(len(r.invalid) for r in records),
-                num_bytes=sum(r.num_bytes for r in records),
-                labeler=maker(records[0]),
-                random=bool(records[0].provenance.get("random")),
-            )
-        )
+    for modality in ingested_first(cells.modalities()):
+        t = cells.totals(modality)
+        out.append(Status(modality, t.num_cells, of, t.num_samples, t.num_invalid, t.num_bytes, t.maker, t.random))
     return out
 
 
 def maker(record: Commit) -> str:
     """Who made a cell: the corpus, a labeler, or the packer."""
-    made = record.provenance
-    return str(made.get("labeler") or ("ingest" if "ingest" in made else "pack"))
+    return index.maker(record.provenance)
 
 
 def _records(dataset: Dataset, modality: str) -> list[Commit]:
