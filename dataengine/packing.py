@@ -296,6 +296,10 @@ class _Machine:
                 reason += f"; one alone leaves the GPU idle for half of the time or more: {share} processes on each"
             if not self._holds(part):
                 reason += f"; {_gpu_bytes(part) / 1e9:.1f} GB are more than a GPU gives: batches will have to shrink"
+        elif _host_bytes(part) > max((_planned(n.memory_bytes) for n in self.nodes), default=math.inf):
+            reason += (
+                f"; {_host_bytes(part) / 1e9:.1f} GB are more than a node gives: one worker a node, and it may fail"
+            )
         if pin is not None:
             # Without GPUs the share of one has no meaning: the same recipe runs on a laptop.
             num_gpus = num_gpus if pin.num_gpus is None or not self.gpus else pin.num_gpus
@@ -333,16 +337,22 @@ def _host_bytes(part: Sequence[Cost]) -> int:
     return PROCESS_BYTES + sum(c.weights_bytes for c in part) + max((c.peak_bytes for c in part), default=0)
 
 
+def _planned(memory_bytes: int) -> float:
+    return memory_bytes * HEADROOM if memory_bytes else math.inf
+
+
 class _Room:
     """What is left of the nodes while workers are placed."""
 
     def __init__(self, nodes: Sequence[Node], limit: int | None) -> None:
-        self._left = [[n.cpus, n.gpus, n.memory_bytes * HEADROOM if n.memory_bytes else math.inf] for n in nodes]
+        self._left = [[n.cpus, n.gpus, _planned(n.memory_bytes)] for n in nodes]
+        # Resident memory is a rough number: a worker that seems too large for every node may have one to itself.
+        self._largest = max((left[2] for left in self._left), default=math.inf)
         self._limit = math.inf if limit is None else limit
 
     def take(self, group: Packed) -> bool:
         """Room for one more worker, on the fullest node that has it; False when none has."""
-        memory = 0 if group.num_gpus else group.memory_bytes
+        memory = 0 if group.num_gpus else min(group.memory_bytes, self._largest)
         wanted = (group.num_cpus, group.num_gpus, memory)
         fits = [left for left in self._left if all(w <= have + 1e-6 for w, have in zip(wanted, left, strict=True))]
         if self._limit < 1 or not fits:
