@@ -1,36 +1,100 @@
-"""The only module that touches fsspec: whole objects in, whole objects out, each appearing under its name at once."""
+"""Where datasets and corpora are: any fsspec URL. The only module that touches fsspec.
+
+A dataset's root is a `Store`: whole objects in, whole objects out, each appearing under its name at once. What it
+promises on which kind of store: docs/storage.md.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from dataengine._disk import Disk
+from dataengine._objects import Entry, Filesystem
+from dataengine._patience import StoreError
+from dataengine._redact import check_credentials, check_root, redacted
+from dataengine._s3 import Bucket
+
+__all__ = ["Entry", "Store", "StoreError", "cached", "expand", "open_url", "redacted", "split_url"]
+
+_S3 = ("s3", "s3a")
+
+_CONNECT = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 64}
+"""Seconds without a connection or a byte until a call is tried again; connections for several objects at once."""
+
 
 class Store:
-    """A dataset root on a local disk or an object store; paths are relative to it, with forward slashes."""
+    """A dataset root on a local disk or an object store; paths are relative to it, with forward slashes.
+
+    `url` is what a worker needs to connect; `name` is the same for people: logs, plans, messages and pages show this
+    one, which holds no secret. Every failure but a missing object is a StoreError.
+    """
 
     def __init__(self, root: str | Path) -> None:
-        self.fs, base = url_to_fs(str(root))
+        check_root(root)
+        self.fs, base = url_to_fs(str(root), **_s3_settings(str(root)))
         self.base = base.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.url = self.base if self.local else str(root).rstrip("/")
+        self.name = redacted(self.url)
+        self._objects: Disk | Bucket | Filesystem
+        if self.local:
+            self._objects = Disk(self.base)
+        elif _is_s3(self.fs):
+            self.fs.retries = 1  # dataengine/_patience.py is the one layer that retries
+            self._objects = Bucket(self.fs, self.base, self.name)
+        else:
+            self._objects = Filesystem(self.fs, self.base, self.name)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
 
+    # -- reading ------------------------------------------------------------------------------------------------------
+
     def read(self, path: str) -> bytes:
-        """The whole object; FileNotFoundError when there is none."""
-        data: bytes = self.fs.cat_file(f"{self.base}/{path}")
-        return data
+        """The whole object, never a part of it; FileNotFoundError when there is none."""
+        return self._objects.read(path)
+
+    def read_many(self, paths: Iterable[str], threads: int = 32) -> Iterator[tuple[str, bytes | None]]:
+        """Many small objects, read in parallel and given in the order asked; None for one that is not there.
+
+        Only a few hundred are held at a time, so that a slow consumer of a million fills no memory.
+        """
+
+        def read(some: Sequence[str]) -> list[tuple[str, bytes | None]]:
+            return [(path, self._read_or_none(path)) for path in some]
+
+        # A local read takes less time than a thread to be told of it.
+        left, size = iter(paths), 64 if self.local else 4
+        pending: deque[Future[list[tuple[str, bytes | None]]]] = deque()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="read_many")
+        try:
+            while True:
+                while len(pending) < 2 * threads and (some := list(islice(left, size))):
+                    pending.append(pool.submit(read, some))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
 
     def local_path(self, path: str) -> Path:
         """A file of this machine with the object's bytes: itself on a local disk, else a cached copy."""
@@ -38,111 +102,105 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Whether an object of this name is there, asked of the store and not of a cache."""
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(f"{self.base}/{path}"))
+        return self._objects.exists(path)
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Name, size and tag of the objects directly in a folder, by name; empty when there is no such folder.
+
+        One listing (of pages of a thousand objects, on S3). What a killed `put` left on a disk is not among them.
+        """
+        return self._objects.entries(folder)
 
     def files(self, folder: str) -> list[str]:
         """Names of the objects directly in a folder, sorted; empty when there is no such folder."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(f"{self.base}/{folder}".rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+        return self._objects.files(folder)
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly in a folder, sorted; empty when there is no such folder."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(f"{self.base}/{folder}", detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
+        return self._objects.folders(folder)
 
     def find(self) -> Iterator[str]:
         """Every object under the root, as sorted relative paths."""
-        self.fs.invalidate_cache()
-        for name in sorted(self.fs.find(self.base)):
-            yield name[len(self.base) :].lstrip("/")
+        yield from self._objects.find()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
 
     def publish(self, path: str, data: bytes) -> bool:
         """Make a whole object appear under `path`; False, and nothing changed, when one is already there.
 
         Local disk: written and synced without a name, hard-linked to its name (which fails if it is taken), folder
-        synced. Object store: one conditional put.
+        synced. Object store: one conditional put, or a multipart upload completed on that condition. After an error
+        the object is there whole or not at all.
         """
-        if self.local:
-            return self._link(path, data)
-        try:
-            self.fs.pipe_file(f"{self.base}/{path}", data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        return self._objects.publish(path, data)
 
-    def _link(self, path: str, data: bytes) -> bool:
-        target = Path(self.base, path)
-        if target.exists():
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with _written(target.parent, data) as source:
-                # Linking by descriptor needs AT_SYMLINK_FOLLOW, which Python passes on only beside a directory.
-                folder = os.open(target.parent, os.O_RDONLY)
-                try:
-                    os.link(source, target, src_dir_fd=folder, follow_symlinks=True)
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
-        except FileExistsError:
-            return False
-        return True
+    def put(self, path: str, data: bytes) -> None:
+        """Make a whole small object appear under `path`, in place of what is there: heartbeats, status, caches.
+
+        Not synced on a disk: after a power failure it may be old or empty, so a reader must bear what it cannot parse.
+        """
+        self._objects.put(path, data)
 
     def append(self, path: str, line: str) -> None:
         """Add a line to a log on a local disk; object stores keep no logs. Never needed for correctness."""
-        if self.local:
-            target = Path(self.base, path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("a") as stream:
-                stream.write(line + "\n")
+        if isinstance(self._objects, Disk):
+            self._objects.append(path, line)
 
     def remove(self, path: str) -> None:
-        """Delete one object."""
-        self.fs.rm_file(f"{self.base}/{path}")
+        """Delete one object; nothing happens when it is gone already."""
+        self._objects.remove(path)
+
+    def remove_many(self, paths: Iterable[str]) -> None:
+        """Delete objects, a thousand at a time where the store can."""
+        self._objects.remove_many(list(paths))
+
+    def abort_uploads(self, older: float) -> list[str]:
+        """Abort multipart uploads that began more than `older` seconds ago and never ended; the paths they were for.
+
+        They are invisible but billed: what killed processes left on S3. Nothing to do on any other store.
+        """
+        return [] if isinstance(self._objects, Disk) else self._objects.abort_uploads(older=older)
 
 
-@contextmanager
-def _written(folder: Path, data: bytes) -> Iterator[str]:
-    """A synced file with these bytes that has no name in `folder` yet, as a path that can be linked to one.
+def _s3_settings(url: str) -> dict[str, Any]:
+    """Keyword arguments for s3fs, on top of what the user configured for fsspec: no retries of its own, few timeouts.
 
-    It is nameless where the file system can do that (O_TMPFILE), so that a killed process leaves nothing behind; else
-    it lies in `.staging/` beside its target, where `gc` finds what was left.
+    The endpoint is named so that fsspec does not hand out the connection that it keeps for another one.
     """
-    try:
-        handle, name = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o644), None
-    except (OSError, AttributeError):
-        staging = folder / ".staging"
-        staging.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=staging)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fchmod(handle, 0o644)
-            os.fsync(handle)
-            yield name or f"/proc/self/fd/{handle}"
-    finally:
-        if name is not None:
-            os.unlink(name)
+    if url.partition("://")[0] not in _S3:
+        return {}
+    configured = {**conf.get("s3", {})}
+    settings: dict[str, Any] = {
+        "config_kwargs": {
+            **_CONNECT,
+            # Trailing checksums are unknown to many stores of this protocol; Content-MD5 is known to all.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            **configured.get("config_kwargs", {}),
+            "retries": {"total_max_attempts": 1},
+        }
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_url" not in configured:
+        settings["endpoint_url"] = endpoint
+    return settings
+
+
+def _is_s3(fs: Any) -> bool:
+    protocol = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return bool(set(protocol) & set(_S3))
 
 
 def split_url(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL and the path in it."""
+    """The fsspec filesystem of a URL and the path in it; ValueError for credentials that it would not use."""
+    check_credentials(url)
     fs, path = url_to_fs(url)
     return fs, path
 
 
 def open_url(url: str) -> IO[bytes]:
     """Open any fsspec URL or local path for reading bytes."""
+    check_credentials(url)
     stream: IO[bytes] = fsspec.open(url, "rb").open()
     return stream
 
@@ -152,7 +210,7 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
 
     A name that exists as it stands is taken literally; what a brace range names need not exist.
     """
-    fs, path = url_to_fs(url)
+    fs, path = split_url(url)
     pattern = any(c in path for c in "*?[{") and not fs.exists(path)
     if pattern and "{" in url:
         import braceexpand
@@ -175,11 +233,16 @@ def cached(url: str, download: bool = True) -> Path:
     target = base / hashlib.sha256(url.encode()).hexdigest()[:24] / url.rsplit("/", 1)[-1]
     if not target.exists():
         if not download:
-            raise FileNotFoundError(f"{url} is not on this machine, and downloads are off")
+            raise FileNotFoundError(f"{redacted(url)} is not on this machine, and downloads are off")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        with open_url(url) as source, partial.open("wb") as sink:
-            while block := source.read(1 << 22):
-                sink.write(block)
-        partial.replace(target)
+        handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".partial")  # others may be fetching it, too
+        try:
+            with open_url(url) as source, os.fdopen(handle, "wb") as sink:
+                while block := source.read(1 << 22):
+                    sink.write(block)
+                os.fchmod(handle, 0o644)
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
     return target

@@ -63,6 +63,35 @@ def test_the_first_writer_wins_and_the_loser_is_told(store: Store) -> None:
         store.read("a/b.txt")
 
 
+def test_a_put_creates_and_replaces(store: Store) -> None:
+    store.put("leases/0.json", b"first")
+    (before,) = store.entries("leases")
+    store.put("leases/0.json", b"second and longer")
+    (after,) = store.entries("leases")
+    assert store.read("leases/0.json") == b"second and longer"
+    assert (before.name, before.size, after.size) == ("0.json", 5, 17)
+    assert before.tag != after.tag
+    assert store.entries("leases") == [after]
+    assert list(store.find()) == ["leases/0.json"]
+
+
+def test_a_listing_names_every_object_of_a_folder_and_no_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "7")  # several pages
+    names = [f"shard-{i:05d}.json" for i in range(23)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: store.put(f"commits/rgb/{n}", n.encode()), names))
+    store.put("commits/rgb/deeper/file", b"")
+    store.put("commits/rgbb", b"")
+    assert [e.name for e in store.entries("commits/rgb")] == store.files("commits/rgb") == names
+    assert {e.size for e in store.entries("commits/rgb")} == {16}
+    assert (store.folders("commits/rgb"), store.folders("commits")) == (["deeper"], ["rgb"])
+    assert store.entries("commits/nothing") == []
+    paths = [f"commits/rgb/{n}" for n in [*names, "missing.json"]]
+    assert list(store.read_many(paths)) == [*((p, p[-16:].encode()) for p in paths[:-1]), (paths[-1], None)]
+    store.remove_many([*paths, "commits/rgb/deeper/file"])
+    assert list(store.find()) == ["commits/rgbb"]
+
+
 def test_of_many_writers_at_once_one_wins(store: Store) -> None:
     with ThreadPoolExecutor(8) as threads:
         won = list(threads.map(lambda i: store.publish("cell.tar", bytes([i]) * 1000), range(8)))
