@@ -1,0 +1,92 @@
+"""The commands that change a finished dataset or hand it on: drop, rename, export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from dataengine.manifest import Dataset
+from pipelines.cli import Json, Root, app, exits, say
+from pipelines.running import console
+
+Columns = Annotated[list[str], typer.Argument(help="Columns: modalities, or versions of one (depth@v2).")]
+Chosen = Annotated[str, typer.Option("--columns", help="Only these, separated by commas.")]
+Out = Annotated[str, typer.Argument(help="Where to write: a folder or any fsspec URL.")]
+
+
+@app.command()
+@exits
+def drop(
+    root: Root,
+    columns: Columns,
+    force: Annotated[list[str] | None, typer.Option(help="Drop this column though others were made from it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Forget columns: records first, then tars, then unfinished rows. What was ingested stays."""
+    from dataengine import evolve
+
+    dropped = evolve.drop(Dataset(root), columns, force or [])
+    for d in dropped:
+        line = f"{d.column}: {d.num_cells} cells forgotten, {d.num_leftovers} other files deleted"
+        say(None, False, line if d.num_cells or d.num_leftovers else f"{d.column}: nothing was there")
+    if as_json:
+        say([vars(d) for d in dropped], True, "")
+
+
+@app.command()
+@exits
+def rename(
+    root: Root,
+    old: Annotated[str, typer.Argument(help="A column (depth@v2).")],
+    new: Annotated[str, typer.Argument(help="Its new name (depth), under which nothing is committed.")],
+    force: Annotated[bool, typer.Option(help="Though others were made from it, or its identity is lost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Give a column another name of the same modality; labelling it again under that name does nothing."""
+    from dataengine import evolve
+
+    cells = evolve.rename(Dataset(root), old, new, force)
+    said = f"{old} is now {new}: {cells} cells" if cells else f"{old} is {new} already"
+    say({"old": old, "new": new, "cells": cells}, as_json, said)
+
+
+@app.command()
+@exits
+def export(
+    root: Root,
+    out: Out,
+    columns: Chosen = "",
+    drop_invalid: Annotated[
+        bool, typer.Option(help="Leave out of all columns what is invalid in any, for readers that know no validity.")
+    ] = False,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples a shard; the dataset's shards if none.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write columns as plain tars, `OUT/<modality>/shard-00000.tar`, for ml-4m, webdataset and other readers."""
+    from dataengine import export as exporting
+
+    dataset = Dataset(root)
+    dataset.plan  # noqa: B018  raises when this is no dataset
+    planned = exporting.layout(dataset, names(columns), drop_invalid, shard_size)
+    for column, why in planned.skipped.items():
+        console.print(f"{column} is left out: it {why}", markup=False)
+    with Progress(console=console) as bar:
+        task = bar.add_task("export", total=len(planned.columns) * len(planned.pieces))
+        made = exporting.export(dataset, out, planned, lambda path: bar.advance(task))
+    invalid = ", ".join(f"{n} {m}" for m, n in made["invalid"].items())
+    say(
+        {k: v for k, v in made.items() if k != "tars"},
+        as_json,
+        f"exported {made['num_samples']} samples, {len(made['columns'])} columns, {len(made['shards'])} shards; "
+        f"{made['num_dropped']} invalid samples left out"
+        + (f"; PLACEHOLDERS for failed labels are among them: {invalid}" if invalid else ""),
+    )
+
+
+def names(columns: str) -> list[str]:
+    """The names of a comma-separated list, none twice."""
+    return list(dict.fromkeys(name for name in columns.split(",") if name))
