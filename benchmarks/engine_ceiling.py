@@ -1,0 +1,271 @@
+"""What the engine itself costs: null labelers, twelve modalities, beside a plain loop and beside Ray Data.
+
+python -m benchmarks.engine_ceiling [--quick] [--reference DIR] [--json]
+
+Every way of doing the job decodes the same photographs, gets the same twelve values for each, encodes them with the
+same codecs and commits the same tars to the same disk; that they are the same bytes is checked. Each runs in a process
+of its own, the ways in one core bound to one core.
+
+Startup is excluded alike: time and processor seconds count from the moment when the last worker has loaded its values
+to the last commit record on the disk. Per core: images/s divided by the cores the way may use. The processor seconds
+are those of its whole process tree, raylet and driver included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks import _null, _plain, _report
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One way of doing the job, once."""
+
+    way: str
+    root: str
+    out: str
+    num_shards: int
+    cores: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured of a job, from the last worker being ready to the last commit."""
+
+    images_per_second_per_core: float
+    cpu_seconds_per_image: float
+    seconds: float
+    images: int
+    digest: str
+    """Over the sha256 of every tar: equal for equal output."""
+
+
+WAYS = {
+    "plain": ("plain loop", 1),
+    "local": ("engine, in process", 1),
+    "raydata_sink": ("Ray Data, encode -> sink", 0),
+    "raydata_queue": ("Ray Data, tars written in the function", 0),
+    "ray": ("engine, on Ray", 0),
+}
+"""What each way is called, and how many cores it runs on; 0: all."""
+OURS = ("local", "ray")
+
+
+class Meter(threading.Thread):
+    """Notes the processor seconds of this process and all its descendants, twice a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._me, self._enough = psutil.Process(), threading.Event()
+        self.times: list[float] = []
+        self.seconds: list[float] = []
+
+    def note(self) -> None:
+        """One reading; the seconds of descendants that ended are with whoever waited for them."""
+        total = 0.0
+        for process in [self._me, *self._me.children(recursive=True)]:
+            try:
+                total += sum(process.cpu_times()[:4])
+            except psutil.Error:
+                continue
+        self.times.append(time.time())
+        self.seconds.append(total)
+
+    def run(self) -> None:
+        """Until `finish`."""
+        while not self._enough.wait(0.5):
+            self.note()
+
+    def finish(self) -> None:
+        """One last reading."""
+        self._enough.set()
+        self.join()
+
+    def between(self, begin: float, end: float) -> float:
+        """Processor seconds between two times."""
+        first, last = np.interp([begin, end], self.times, self.seconds)
+        return float(last - first)
+
+
+def do(job: Job) -> Figures:
+    """Do the job in this process, and measure it."""
+    root, out, marks = Path(job.root), Path(job.out), Path(job.out, "runs", "ready")
+    marks.mkdir(parents=True)
+    shards = range(job.num_shards)
+    if job.cores == 1:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    meter = Meter()
+    meter.start()
+    if job.way == "plain":
+        _null.value_sets()
+        _null.mark(str(marks))
+        _plain.run(root, out, shards)
+    elif job.way in OURS:
+        _engine(job, marks)
+    else:
+        from benchmarks import _raydata
+
+        _raydata.run(root, out, shards, job.cores, marks, sink=job.way == "raydata_sink")
+    meter.finish()
+    begin = max(path.stat().st_mtime for path in marks.iterdir())
+    records = [out / "commits" / m / f"shard-{s:05d}.json" for m in _null.MODALITIES for s in shards]
+    end = max(path.stat().st_mtime for path in records)
+    cells = [json.loads(path.read_bytes()) for path in records]
+    images = sum(cell["num_samples"] for cell in cells) // len(_null.MODALITIES)
+    digest = hashlib.sha256(" ".join(cell["sha256"] for cell in cells).encode()).hexdigest()
+    return Figures(
+        images_per_second_per_core=images / (end - begin) / job.cores,
+        cpu_seconds_per_image=meter.between(begin, end) / images,
+        seconds=end - begin,
+        images=images,
+        digest=digest,
+    )
+
+
+def _engine(job: Job, marks: Path) -> None:
+    from dataengine import actors, local
+    from dataengine.manifest import Dataset
+    from dataengine.plan import plan_labels
+    from dataengine.work import LabelGroup
+
+    dataset = Dataset(job.out)
+    plan = plan_labels(dataset, _null.MODALITIES, [_null.Null(marks=str(marks))])
+    group, tasks = LabelGroup(dataset.store.url, plan.labelers), plan.tasks[: job.num_shards]
+    if job.way == "local":
+        local.run(group, tasks, workers=1, device="cpu", on_report=lambda report: None)
+        return
+    import ray
+
+    from benchmarks import _raydata
+
+    _raydata.start(job.cores)
+    actors.run(group, tasks, workers=job.cores, device="cpu", on_report=lambda report: None)
+    ray.shutdown()
+
+
+def measured(job: Job, packages: Path) -> Figures:
+    """The job done in a fresh process that imports `dataengine` and `benchmarks` from a folder."""
+    if job.way in OURS:
+        shutil.copytree(job.root, job.out, copy_function=os.link)
+    program = "import sys; from benchmarks import engine_ceiling; engine_ceiling.child(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    # What the one before left to be written must not be this one's to wait for.
+    os.sync()
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(asdict(job))],
+        cwd=packages,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    shutil.rmtree(job.out, ignore_errors=True)
+    if done.returncode:
+        raise RuntimeError(f"{job.way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def child(job: str) -> None:
+    """What the fresh process does: the job, its figures as one line of JSON."""
+    print("\n" + json.dumps(asdict(do(Job(**json.loads(job))))))
+
+
+def _packages(base: Path, engine: Path) -> Path:
+    """A folder to import from: the `dataengine` of a checkout, these benchmarks."""
+    base.mkdir()
+    (base / "dataengine").symlink_to(engine / "dataengine")
+    (base / "benchmarks").symlink_to(HERE / "benchmarks")
+    return base
+
+
+def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
+    """What the engine itself costs, beside a plain loop and Ray Data: images/s per core with null labelers."""
+    cores = len(os.sched_getaffinity(0))
+    shard_size, per_core, rounds = (32, 4, 1) if quick else (64, 8, 3)
+    num_shards = per_core * min(cores, 4 if quick else 16)
+    found: dict[str, list[Figures]] = {}
+    with tempfile.TemporaryDirectory(prefix="ceiling-") as folder:
+        base = Path(folder)
+        _null.corpus(base, num_shards * shard_size, shard_size)
+        engines = {"": _packages(base / "here", HERE)}
+        if reference is not None:
+            engines["reference_"] = _packages(base / "there", reference.resolve())
+        for _ in range(rounds):
+            for way, (_, wanted) in WAYS.items():
+                for prefix, packages in engines.items():
+                    if prefix and way not in OURS:
+                        continue
+                    job = Job(
+                        way=way,
+                        root=str(base / "root"),
+                        out=str(base / "out"),
+                        num_shards=per_core if wanted else num_shards,
+                        cores=wanted or cores,
+                    )
+                    _report.console.print(f"{WAYS[way][0]}{' (reference)' if prefix else ''} ...")
+                    found.setdefault(prefix + way, []).append(measured(job, packages))
+    return _summary(found, cores)
+
+
+def _summary(found: dict[str, list[Figures]], cores: int) -> dict[str, Any]:
+    for prefix in ("reference_", ""):
+        digests = {w: f.digest for w, each in found.items() for f in each if w.startswith("reference_") == bool(prefix)}
+        if len(set(digests.values())) > 1:
+            raise RuntimeError(f"the ways wrote different bytes: {digests}")
+    figures = {
+        way: {
+            name: statistics.median(getattr(f, name) for f in each)
+            for name in ("images_per_second_per_core", "cpu_seconds_per_image", "seconds", "images")
+        }
+        for way, each in found.items()
+    }
+
+    def ratio(one: str, other: str, name: str = "images_per_second_per_core") -> float:
+        return float(
+            statistics.median(
+                getattr(a, name) / getattr(b, name) for a, b in zip(found[one], found[other], strict=True)
+            )
+        )
+
+    best = max(("raydata_sink", "raydata_queue"), key=lambda w: figures[w]["images_per_second_per_core"])
+    ratios = {
+        "local_over_plain": ratio("local", "plain"),
+        "ray_over_plain_per_core": ratio("ray", "plain"),
+        "ray_over_raydata_sink": ratio("ray", "raydata_sink"),
+        "ray_over_raydata_queue": ratio("ray", "raydata_queue"),
+        "cpu_raydata_sink_over_ray": ratio("raydata_sink", "ray", "cpu_seconds_per_image"),
+        "cpu_plain_over_local": ratio("plain", "local", "cpu_seconds_per_image"),
+    }
+    ratios |= {f"{w}_over_reference": ratio(w, f"reference_{w}") for w in OURS if f"reference_{w}" in found}
+    return {
+        "benchmark": "engine_ceiling",
+        "cores": cores,
+        "rounds": len(found["plain"]),
+        "modalities": len(_null.MODALITIES),
+        "figures": figures,
+        "ratios": ratios,
+        "best_raydata": best,
+        "targets": {"local_over_plain": 0.9, "ray_over_raydata_sink": 2.0},
+        "same_bytes": True,
+    }
+
+
+if __name__ == "__main__":
+    _report.main(measure)
