@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from dataengine._patience import StoreError, Truncated, code, patiently, status
+from dataengine._patience import Passing, StoreError, code, patiently, status
 from dataengine._redact import redacted
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Filesystem:
                     self._fs.cat_file(full, start=start, end=stop) if size > RANGE else self._fs.cat_file(full)
                 )
                 if len(data) != stop - start:
-                    raise Truncated(f"got {len(data)} of {stop - start} bytes")
+                    raise Passing(f"got {len(data)} of {stop - start} bytes")
                 return data
 
             return bytes(self._call("reading", path, get))

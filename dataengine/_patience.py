@@ -52,8 +52,8 @@ class StoreError(OSError):
         return type(self), (str(self.args[0]), self.errno)
 
 
-class Truncated(ConnectionError):
-    """A body that ended before its announced length."""
+class Passing(ConnectionError):
+    """What no library calls an error, and yet is: a body shorter than announced, a condition refused on no grounds."""
 
 
 class Changed(Exception):
@@ -121,7 +121,7 @@ def passing(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if isinstance(error, (FileNotFoundError, FileExistsError, StoreError, Changed)):
         return False
-    if status(error) is not None:
+    if status(error) is not None and not isinstance(error, Passing):
         return status(error) in _PASSING_STATUS or code(error) in _PASSING_CODES
     return isinstance(error, _passing_types())
 

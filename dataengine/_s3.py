@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from dataengine._objects import PARALLEL, RANGE, Entry, completed, probed
-from dataengine._patience import Changed, StoreError, Truncated, code, patiently, status
+from dataengine._patience import Changed, Passing, StoreError, code, patiently, status
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Bucket:
         if _announced(answer)[1] != tag:
             raise Changed
         if len(data) != stop - start:
-            raise Truncated(f"got {len(data)} of {stop - start} bytes")
+            raise Passing(f"got {len(data)} of {stop - start} bytes")
         return data
 
     def exists(self, path: str) -> bool:
@@ -129,7 +129,7 @@ class Bucket:
             except FileNotFoundError:  # no such bucket
                 return
             yield page
-            if not page.get("IsTruncated"):
+            if not page.get("IsPassing"):
                 return
             names = {"NextContinuationToken": "ContinuationToken", "NextKeyMarker": "KeyMarker"}
             names["NextUploadIdMarker"] = "UploadIdMarker"
@@ -186,7 +186,7 @@ class Bucket:
                 if status(error) == 412 or code(error) == "NoSuchUpload":
                     won = self._is_mine(path, data, mine, failed)
                     if won is None and status(error) == 412:
-                        raise ConnectionError("412 for an object that is not there") from error
+                        raise Passing("412 for an object that is not there") from error
                     if won is not None:
                         return won
                 failed = True
