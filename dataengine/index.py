@@ -7,17 +7,15 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataengine.storage import Store
+from dataengine.storage import Entry, Store
 
 PATH = "runs/index.arrows"
 """Where the cache lies: an Arrow IPC stream, one batch a modality, then the sha256 of the stream. Never truth."""
@@ -42,6 +40,8 @@ _SCHEMA = pa.schema(
 _LISTED = ("shard", "size", "tag")
 _RECORD = re.compile(r"shard-(\d{5,})\.json")
 _DIGEST_BYTES = 32
+_TICK_SECONDS = 2.0
+"""The coarsest clock of a file system in use (FAT)."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Index:
     @classmethod
     def open(cls, store: Store) -> Index:
         """The index of a dataset as it is now; renews the cache if anything changed and the store can be written."""
-        cached = _load(store)
+        opened, cached = time.time(), _load(store)
         found = {}
         names = store.folders("commits")
         with ThreadPoolExecutor(max_workers=16) as threads:
             listings = threads.map(lambda name: _listed(store, name), names)
             for name, listed in zip(names, listings, strict=True):
-                batch = _column(store, name, listed, cached.get(name))
+                batch = _column(store, name, listed, cached.get(name), opened)
                 if batch.num_rows:
                     found[name] = batch
         _save(store, found, cached)
@@ -132,51 +132,9 @@ def record_path(modality: str, shard: int) -> str:
     return f"commits/{modality}/shard-{shard:05d}.json"
 
 
-class Entry(NamedTuple):
-    """One object of a folder as the store lists it."""
-
-    name: str
-    size: int
-    tag: str
-
-
-def _entries(store: Store, folder: str) -> list[Entry]:
-    """Until the store lists tags itself: no tags on object stores."""
-    if not store.local:
-        return [Entry(name, 0, "") for name in store.files(folder)]
-    now = time.time_ns()
-    try:
-        with os.scandir(f"{store.base}/{folder}") as found:
-            stats = [(e.name, e.stat()) for e in found if e.is_file()]
-    except FileNotFoundError:
-        return []
-    return [
-        Entry(n, s.st_size, f"{s.st_ctime_ns:x}-{s.st_ino:x}" if now - s.st_ctime_ns > 2 * 10**9 else "")
-        for n, s in stats
-    ]
-
-
-def _read_many(store: Store, paths: Iterable[str]) -> Iterator[bytes | None]:
-    for path in paths:
-        try:
-            yield Path(store.base, path).read_bytes() if store.local else store.read(path)
-        except FileNotFoundError:
-            yield None
-
-
-def _put(store: Store, path: str, data: bytes) -> None:
-    if not store.local:
-        return
-    target = Path(store.base, path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    partial.write_bytes(data)
-    partial.replace(target)
-
-
 def _listed(store: Store, modality: str) -> pa.RecordBatch:
     """The records of a column as the store lists them: shard, size and tag, by shard."""
-    rows = sorted((int(match[1]), e.size, e.tag) for e, match in _records(_entries(store, f"commits/{modality}")))
+    rows = sorted((int(match[1]), e.size, e.tag) for e, match in _records(store.entries(f"commits/{modality}")))
     columns = zip(*rows, strict=True) if rows else ([], [], [])
     fields = [_SCHEMA.field(name) for name in _LISTED]
     return pa.record_batch(
@@ -191,7 +149,9 @@ def _records(entries: Iterable[Entry]) -> Iterator[tuple[Entry, re.Match[str]]]:
             yield entry, match
 
 
-def _column(store: Store, modality: str, listed: pa.RecordBatch, cached: pa.RecordBatch | None) -> pa.RecordBatch:
+def _column(
+    store: Store, modality: str, listed: pa.RecordBatch, cached: pa.RecordBatch | None, opened: float
+) -> pa.RecordBatch:
     """The rows of one column: those of the cache that are still as listed, the others read."""
     if cached is not None and cached.select(_LISTED).equals(listed):
         return cached
@@ -199,21 +159,38 @@ def _column(store: Store, modality: str, listed: pa.RecordBatch, cached: pa.Reco
     kept: list[int] = []
     missing: list[tuple[int, int, str]] = []
     for row in _rows(listed):
-        # An object without a tag is too young to be told from one that replaces it in the same tick of the clock.
-        if row[2] and row in known:
+        if row in known:
             kept.append(known[row])
         else:
             missing.append(row)
-    paths = [record_path(modality, shard) for shard, _, _ in missing]
-    read = zip(missing, paths, _read_many(store, paths), strict=True)
+    # Few threads on a disk, so that few records are held: those of rgb are as long as their shard.
+    read = store.read_many((record_path(modality, shard) for shard, _, _ in missing), 2 if store.local else 32)
     # A record that was listed and is gone was forgotten meanwhile: it is no cell.
-    fresh = [(modality, *row, *_summary(path, data)) for row, path, data in read if data is not None]
+    fresh = [
+        (modality, shard, size, tag if _settled(store, path, opened) else "", *_summary(path, data))
+        for (shard, size, tag), (path, data) in zip(missing, read, strict=True)
+        if data is not None
+    ]
     columns = zip(*fresh, strict=True) if fresh else [[] for _ in _SCHEMA]
     batch = pa.record_batch([pa.array(v, f.type) for v, f in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
     if cached is None or not kept:
         return batch
     rows = pa.Table.from_batches([cached.take(pa.array(kept, pa.int32())), batch]).sort_by("shard").combine_chunks()
     return rows.to_batches()[0]
+
+
+def _settled(store: Store, path: str, opened: float) -> bool:
+    """Whether a later record under the same name is sure to get another tag; what is not settled is not cached.
+
+    On a disk the tag is made of the time of last change, the size and the file's number: two records that one tick of
+    the disk's clock saw written one after the other can have all three in common.
+    """
+    if not store.local:
+        return True
+    try:
+        return os.stat(f"{store.base}/{path}").st_mtime < opened - _TICK_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[tuple[int, int, str]]:
@@ -268,7 +245,7 @@ def _save(store: Store, columns: Mapping[str, pa.RecordBatch], cached: Mapping[s
             writer.write_batch(settled[name])
     stream = sink.getvalue().to_pybytes()
     try:
-        _put(store, PATH, stream + hashlib.sha256(stream).digest())
+        store.put(PATH, stream + hashlib.sha256(stream).digest())
     except OSError:
         # A root that may only be read, or a full disk: the next opening takes as long as this one.
         return
