@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dataengine import plugins
+from dataengine.groups import Group
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.plan import LabelPlan, plan_labels
@@ -18,6 +19,13 @@ class LabelRun:
     """A recipe for labelling: labelers with their settings, tried before the defaults of `labelers/`."""
 
     labelers: tuple[Labeler, ...] = ()
+    groups: tuple[Group, ...] = ()
+    """Labelers that share a process, with what they ask for, where the engine is not to choose it."""
+
+
+def run_of(recipe: str | LabelRun | None) -> LabelRun:
+    """The run that a recipe's name, a Python file or a run itself stands for; an empty one for None."""
+    return recipe if isinstance(recipe, LabelRun) else LabelRun() if recipe is None else config.load(recipe, LabelRun)
 
 
 def default_labelers() -> list[Labeler]:
@@ -33,7 +41,7 @@ def plan(
     replace: Sequence[str | tuple[str, int]] = (),
 ) -> LabelPlan:
     """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
-    run = recipe if isinstance(recipe, LabelRun) else LabelRun() if recipe is None else config.load(recipe, LabelRun)
+    run = run_of(recipe)
     candidates = [*_set(run.labelers, settings), *default_labelers()]
     wanted = list(modalities) or [m for labeler in run.labelers for m in labeler.emits]
     if not wanted:
