@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, TypeGuard
 
@@ -11,15 +12,16 @@ import numpy as np
 
 def array(name: str, value: Any, dtype: type[np.generic], shape: Sequence[int | str]) -> None:
     """An array of a dtype and a shape; a word in `shape` stands for any length of at least one."""
+    if isinstance(value, np.ndarray):
+        fits = len(shape) == value.ndim and all(
+            found == wanted if isinstance(wanted, int) else found > 0
+            for found, wanted in zip(value.shape, shape, strict=True)
+        )
+        if value.dtype == dtype and fits:
+            return
     expected = f"{np.dtype(dtype)} ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
-    fits = len(shape) == value.ndim and all(
-        found == wanted if isinstance(wanted, int) else found > 0
-        for found, wanted in zip(value.shape, shape, strict=True)
-    )
-    if value.dtype != dtype or not fits:
-        raise ValueError(f"{name}: expected {expected}, got {value.dtype} {value.shape}")
+    got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def finite(name: str, value: np.ndarray) -> None:
@@ -51,7 +53,9 @@ def dictionary(name: str, value: Any, keys: Sequence[str]) -> None:
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is a finite int or float, as JSON can say it."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def numbers(name: str, value: Any, count: int, low: float, high: float) -> None:
