@@ -1,114 +1,160 @@
-"""Run tasks on Ray actors: the only module that imports ray. An actor is a worker with its weights loaded."""
+"""Run stages on Ray actors: the only module that imports ray. An actor is a watched worker with its weights loaded."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from dataengine.work import Report, Task, Work, Worker
-
-MAX_DEATHS = 3
-"""How many times one task may take its process down with it before the run stops."""
-
-
-class TaskKilledWorkers(RuntimeError):
-    """A task ended its process several times (a crash, or the machine's memory)."""
+from dataengine.driver import Driver
+from dataengine.events import Event
+from dataengine.schedule import Stage, single
+from dataengine.supervise import Supervised
+from dataengine.work import Report, Task, Worker
 
 
-@ray.remote(max_restarts=0)
+@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=8)  # type: ignore[call-overload]
 class _Actor:
-    """One process, one started worker."""
+    """One supervised worker; `run` is called by two tasks at most, the rest of the concurrency is for questions."""
 
-    def __init__(self, worker: Worker, device: str) -> None:
-        self._worker, self._device = worker, device
-        self._work: Work | None = None
+    def __init__(self, worker: Worker, device: str, batch_seconds: float) -> None:
+        self._work = Supervised(worker, device, batch_seconds=batch_seconds)
+
+    def ready(self) -> str:
+        """Wait until the weights are loaded; the id of the node. Raises what kept the worker from starting."""
+        self._work.wait_started()
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, task: Task) -> Report:
-        # Started by the first task and not by the constructor: a worker that cannot start (no weights, a missing
-        # package) then raises its own error, where Ray would report a dead actor.
-        if self._work is None:
-            self._work = self._worker.start(self._device)
         return self._work(task)
 
+    def drain(self) -> None:
+        self._work.drain()
 
-def run(
-    worker: Worker, tasks: Sequence[Task], *, workers: int, device: str, on_report: Callable[[Report], None]
-) -> None:
-    """Run every task on up to `workers` actors; a dead actor is replaced and its task given to another.
+    def usage(self) -> dict[str, Any]:
+        """How busy this node is, and what the worker does."""
+        now = self._work.usage()
+        step = now["step"]
+        return {
+            "cpu": psutil.cpu_percent() / 100,
+            "gpus": _gpus(),
+            "memory": int(psutil.virtual_memory().used),
+            "step": None if step is None else asdict(step),
+            "step_seconds": now["seconds"],
+        }
 
-    Joins the Ray cluster of `RAY_ADDRESS` or of the current connection, else starts one on this machine for this call.
-    """
-    if not tasks:
-        return
-    ours = not ray.is_initialized()
-    if ours:
-        _start()
+    def close(self) -> None:
+        self._work.close()
+
+
+def _gpus() -> list[float]:
+    """How busy the GPUs are that this actor may use, 0..1 each."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not mine:
+        return []
+    ask = ["nvidia-smi", f"--id={mine}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     try:
-        _drive(worker, tasks, workers, device, on_report)
-    finally:
-        if ours:
-            ray.shutdown()
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout
+        return [float(line) / 100 for line in said.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
 
 
-def _start() -> None:
-    """Connect, or start Ray here: quiet, without the dashboard, with this checkout importable in the actors."""
+class _Ray:
+    """The cluster this process is connected to."""
+
+    def __init__(self) -> None:
+        self.elastic = "RAY_ADDRESS" in os.environ
+        self._settings: dict[str, Any] = {}
+
+    def start(self, stage: Stage, device: str, batch_seconds: float) -> Any:
+        if stage.name not in self._settings:
+            self._settings[stage.name] = ray.put(stage.worker)
+        options = _Actor.options(num_cpus=stage.num_cpus, num_gpus=stage.num_gpus)  # type: ignore[attr-defined]
+        return options.remote(self._settings[stage.name], device, batch_seconds)
+
+    def ask(self, worker: Any, what: str, *arguments: Any) -> Any:
+        return getattr(worker, what).remote(*arguments)
+
+    def wait(self, answers: list[Any], seconds: float) -> list[Any]:
+        done, waiting = ray.wait(answers, num_returns=1, timeout=seconds)
+        return done + (ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if waiting else [])
+
+    def get(self, answer: Any) -> Any:
+        return ray.get(answer)
+
+    def kill(self, worker: Any) -> None:
+        ray.kill(worker)
+
+    def nodes(self) -> dict[str, dict[str, float]]:
+        return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+
+    def draining(self) -> dict[str, int]:
+        from ray._private import worker
+
+        try:
+            found = worker.global_worker.gcs_client.get_draining_nodes(timeout=5)  # type: ignore[attr-defined]
+        except Exception:
+            return {}  # no notice is no reason to stop: the node will be gone soon enough
+        return {node if isinstance(node, str) else node.hex(): int(deadline) for node, deadline in found.items()}
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    device: str = "cpu",
+    max_workers: int | None = None,
+    batch_seconds: float = 300.0,
+) -> None:
+    """Run the tasks of all stages; dead workers and nodes are replaced, and new nodes used as they come.
+
+    `max_workers` bounds all stages together; None takes what the cluster has. Joins the Ray cluster of `RAY_ADDRESS`
+    or of the current connection, else starts one on this machine for this call. Unfinished at the end names what could
+    not be done; Stopped says that SIGTERM or SIGINT came, and that finished rows are in staging.
+    """
+    stages = [s for s in stages if s.tasks]
+    if not stages:
+        return
+    with _connected():
+        driver = Driver(_Ray(), stages, on_event, device, max_workers, batch_seconds)
+        with driver.stopped_by_signals():
+            driver.run()
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Ray, joined or started here: quiet, without the dashboard, with this checkout importable in the actors."""
+    if ray.is_initialized():
+        yield
+        return
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def _drive(
-    worker: Worker, tasks: Sequence[Task], workers: int, device: str, on_report: Callable[[Report], None]
+def run(
+    worker: Worker, tasks: Sequence[Task], *, workers: int, device: str, on_report: Callable[[Report], None]
 ) -> None:
-    waiting = deque(tasks)
-    deaths: dict[int, int] = {}
-    reference = ray.put(worker)
+    """Run the tasks of one worker as one stage; see `run_stages`."""
+
+    def on_event(event: Event) -> None:
+        if event.kind == "report":
+            on_report(Report.of(event.values))
+
     gpus = 1.0 if device.startswith("cuda") else 0.0
-
-    def spawn() -> Any:
-        return _Actor.options(num_cpus=1, num_gpus=gpus).remote(reference, device)  # type: ignore[attr-defined]
-
-    idle = [spawn() for _ in range(min(workers, len(tasks), _room(gpus)))]
-    running: dict[Any, tuple[Any, Task]] = {}
-    while waiting or running:
-        while waiting and idle:
-            actor, task = idle.pop(), waiting.popleft()
-            running[actor.run.remote(task)] = (actor, task)
-        done, _ = ray.wait(list(running), num_returns=1)
-        actor, task = running.pop(done[0])
-        try:
-            report = ray.get(done[0])
-        except RayActorError as error:
-            deaths[task.shard] = deaths.get(task.shard, 0) + 1
-            if deaths[task.shard] >= MAX_DEATHS:
-                raise TaskKilledWorkers(
-                    f"shard {task.shard} ended {MAX_DEATHS} worker processes, the last with: {error}"
-                ) from error
-            waiting.appendleft(task)
-            idle.append(spawn())
-            continue
-        except RayTaskError as error:
-            raise error.cause from error
-        idle.append(actor)
-        on_report(report)
-
-
-def _room(gpus: float) -> int:
-    """How many actors the cluster can hold: one beyond that would wait for ever for its core, holding a task."""
-    resources = ray.cluster_resources()
-    cores = int(resources.get("CPU", 0))
-    room = min(cores, int(resources.get("GPU", 0) / gpus)) if gpus else cores
-    if room < 1:
-        raise ValueError(
-            f"the Ray cluster has {cores} cores and {resources.get('GPU', 0):.0f} GPUs: no room for a worker"
-        )
-    return room
+    run_stages([single(worker, tasks, gpus)], on_event=on_event, device=device, max_workers=workers)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from threadpoolctl import threadpool_limits
-
-from dataengine import modalities, provenance, shards
-from dataengine.labeler import Labeler, Loaded
-from dataengine.manifest import Commit, Dataset, tar_path
-from dataengine.sample import Sample
-from dataengine.shards import Member
+from dataengine.labeler import Labeler
+from dataengine.pulse import Death
 
 
 @dataclass(frozen=True)
@@ -27,6 +18,8 @@ class Task:
     specs: dict[str, str]
     rows: tuple[int, int] | None = None
     """None: the whole shard, committed at the end; else only rows start..stop, left in staging for who commits."""
+    deaths: tuple[Death, ...] = ()
+    """The processes that earlier attempts at it have ended, and on what."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,29 @@ class Report:
     notes: tuple[str, ...] = ()
     """What an operator should know: a batch that had to shrink, a process that died and on what."""
 
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Report:
+        """The report whose fields these are, as an event carries them."""
+        cells = tuple(c if isinstance(c, CellReport) else CellReport(**c) for c in values["cells"])
+        return Report(**{**values, "cells": cells})
+
+
+class Unfinished(RuntimeError):
+    """Some tasks could not be done; all others are. `failed` maps (stage, shard) to the reason."""
+
+    def __init__(self, failed: Mapping[tuple[str, int], str]) -> None:
+        super().__init__(dict(failed))
+        self.failed = dict(failed)
+
+    def __str__(self) -> str:
+        """How many, and the first few by name."""
+        shown = "; ".join(f"{stage} of shard {shard}: {why}" for (stage, shard), why in list(self.failed.items())[:3])
+        return f"{len(self.failed)} tasks could not be done: {shown}"
+
+
+class Stopped(RuntimeError):
+    """A signal stopped the run in good order."""
+
 
 Work = Callable[[Task], Report]
 
@@ -76,196 +92,27 @@ class LabelGroup:
     root: str
     labelers: tuple[Labeler, ...]
     batches: Mapping[str, int] = field(default_factory=dict)
-    """Batch sizes other than the labelers' own, by labeler name."""
+    """Batch sizes by labeler name; a labeler that is not named keeps its own."""
+    threads: int = 2
+    """Threads that decode and encode beside the labelers."""
+    lease_seconds: float = 60.0
+    """Silence after which another worker may take a shard over."""
+    flush_seconds: float = 20.0
+    """How often finished rows are left in staging: what a worker that disappears loses at most, with one batch."""
+    spool: str = ""
+    """A folder of this machine where every finished batch is left at once, for the process that replaces this one."""
 
     def start(self, device: str) -> Work:
         """Load every labeler of the group."""
-        dataset = Dataset(self.root)
-        loaded = [(labeler, labeler.load(device)) for labeler in self.labelers]
+        from dataengine.labelling import Labelling
 
-        def run(task: Task) -> Report:
-            # One thread a worker: sums that a matrix product splits over threads round differently, and the bytes
-            # must not depend on how many cores a machine has.
-            with threadpool_limits(limits=1):
-                return _label_shard(dataset, loaded, task)
-
-        return run
-
-
-@dataclass
-class _Column:
-    """A cell in the making."""
-
-    labeler: Labeler
-    members: list[Future[Member]] = field(default_factory=list)
-    invalid: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-class _Failed(Exception):
-    """A label that could not be made; the message is the reason."""
-
-
-def _label_shard(dataset: Dataset, loaded: Sequence[tuple[Labeler, Loaded]], task: Task) -> Report:
-    began = time.perf_counter()
-    # A labeler runs when a wanted cell is its own; its other outputs are dropped.
-    active = [(labeler, call) for labeler, call in loaded if set(labeler.emits) & set(task.specs)]
-    emitted = {m for labeler, _ in active for m in labeler.emits}
-    inner = {m for labeler, _ in active for m in labeler.inputs} & emitted
-    columns = {m: _Column(labeler) for labeler, _ in active for m in labeler.emits if m in inner | set(task.specs)}
-    outer = sorted({"rgb", *(m for labeler, _ in active for m in labeler.inputs)} - inner)
-    # Every labeler is fed its own batches, counted from the start of the shard, whoever else is in the group: a batch
-    # of other images may round differently, and a resumed shard must end with the same bytes.
-    size = math.lcm(*(labeler.batch_size for labeler, _ in active))
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        for samples, bad in _prefetched(threads, _batches(dataset, task.shard, outer, size)):
-            known = {s.key: dict(s.values) for s in samples}
-            failed = {s.key: set(bad[s.key]) for s in samples}
-            for labeler, call in active:
-                for start in range(0, len(samples), labeler.batch_size):
-                    batch = samples[start : start + labeler.batch_size]
-                    _label_batch(labeler, call, batch, known, failed, columns, inner, threads)
-    random = _random(dataset, [labeler for labeler, _ in active], task.shard, outer)
-    reports = [_publish(dataset, task, m, c, random[m]) for m, c in columns.items() if m in task.specs]
-    return Report(task.shard, tuple(reports), time.perf_counter() - began)
-
-
-def _batches(
-    dataset: Dataset, shard: int, inputs: Sequence[str], size: int
-) -> Iterator[Callable[[], tuple[list[Sample], dict[str, set[str]]]]]:
-    """Thunks that decode one batch each, so that the decoding can run ahead in a thread."""
-    members = {m: dataset.read(m, shard) for m in inputs}
-    invalid = {m: (dataset.commit(m, shard) or _missing(m, shard)).invalid for m in inputs}
-    codecs = {m: modalities.load(m) for m in inputs}
-    keys = dataset.keys(shard)
-    for m, column in members.items():
-        if tuple(member.key for member in column) != keys:
-            raise ValueError(f"{tar_path(m, shard)} does not list the keys of the rgb tar: run `dataengine verify`")
-
-    def decode(start: int) -> tuple[list[Sample], dict[str, set[str]]]:
-        rows = range(start, min(start + size, len(keys)))
-        samples = [Sample(keys[i], {m: codecs[m].decode(members[m][i].data) for m in inputs}) for i in rows]
-        return samples, {keys[i]: {m for m in inputs if keys[i] in invalid[m]} for i in rows}
-
-    for start in range(0, len(keys), size):
-        yield functools.partial(decode, start)
-
-
-def _missing(modality: str, shard: int) -> Commit:
-    raise ValueError(f"{tar_path(modality, shard)} is needed as input and is not committed")
-
-
-def _prefetched(threads: ThreadPoolExecutor, thunks: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-    """Results of the thunks in order, the next one being made while the caller works on this one."""
-    ahead: Future[Any] | None = None
-    for thunk in thunks:
-        following = threads.submit(thunk)
-        if ahead is not None:
-            yield ahead.result()
-        ahead = following
-    if ahead is not None:
-        yield ahead.result()
-
-
-def _label_batch(
-    labeler: Labeler,
-    call: Loaded,
-    samples: Sequence[Sample],
-    known: dict[str, dict[str, Any]],
-    failed: dict[str, set[str]],
-    columns: dict[str, _Column],
-    inner: set[str],
-    threads: ThreadPoolExecutor,
-) -> None:
-    """Run one labeler on one batch and hand its values to the encoder threads; failures become placeholders."""
-    began = time.perf_counter()
-    kept = [m for m in labeler.emits if m in columns]
-    ready, reasons = [], {}
-    for s in samples:
-        bad = [m for m in labeler.inputs if m in failed[s.key]]
-        if bad:
-            # The same words as when the input failed in an earlier run: the bytes of the record must not tell.
-            reasons[s.key] = f"input {bad[0]} is not valid"
-        else:
-            ready.append(Sample(s.key, {m: known[s.key][m] for m in {"rgb", *labeler.inputs}}))
-    outputs = dict(zip((s.key for s in ready), _attempt(call, ready), strict=True))
-    for s in samples:
-        for m in kept:
-            codec = modalities.load(m)
-            value = _checked(codec, outputs.get(s.key, _Failed(reasons.get(s.key, ""))), s.size)
-            if isinstance(value, _Failed):
-                failed[s.key].add(m)
-                columns[m].invalid[s.key] = str(value)
-                value = codec.placeholder(s.size)
-            future = threads.submit(_encode, codec, s.key, value)
-            columns[m].members.append(future)
-            if m in inner:
-                # The next labeler of the group must see what a later run would read back from the tar.
-                known[s.key][m] = codec.decode(future.result().data)
-    for m in kept:
-        columns[m].seconds += (time.perf_counter() - began) / len(kept)
-
-
-def _encode(codec: modalities.Modality, key: str, value: Any) -> Member:
-    return Member(key, codec.suffix, codec.encode(value))
-
-
-def _attempt(call: Loaded, samples: Sequence[Sample]) -> list[dict[str, Any] | _Failed]:
-    """The labeler's outputs; a batch that raises is halved down to the samples that cannot be labelled."""
-    if not samples:
-        return []
-    try:
-        outputs = call(samples)
-        if len(outputs) != len(samples):
-            raise ValueError(f"gave {len(outputs)} outputs for {len(samples)} samples")
-        return list(outputs)
-    except Exception as error:
-        # Whatever a network throws (out of memory, a bad shape, a bug on one odd image) costs that sample alone.
-        if len(samples) == 1:
-            return [_Failed(f"{type(error).__name__}: {error}"[:300])]
-        half = len(samples) // 2
-        return _attempt(call, samples[:half]) + _attempt(call, samples[half:])
-
-
-def _checked(codec: modalities.Modality, output: dict[str, Any] | _Failed, size: tuple[int, int]) -> Any:
-    """The value of one modality, or the failure that it is: missing, or not what its modality allows."""
-    if isinstance(output, _Failed):
-        return output
-    if codec.name not in output:
-        return _Failed(f"gave no {codec.name}")
-    try:
-        codec.check(output[codec.name], size)
-    except ValueError as error:
-        return _Failed(f"invalid value: {error}"[:300])
-    return output[codec.name]
-
-
-def _random(dataset: Dataset, active: Sequence[Labeler], shard: int, outer: Sequence[str]) -> dict[str, bool]:
-    """Which modalities come from random weights, directly or through what they were computed from."""
-    found = {m: bool((dataset.commit(m, shard) or _missing(m, shard)).provenance.get("random")) for m in outer}
-    for labeler in active:
-        made = labeler.random or any(found[m] for m in labeler.inputs)
-        found |= dict.fromkeys(labeler.emits, made)
-    return found
-
-
-def _publish(dataset: Dataset, task: Task, modality: str, column: _Column, random: bool) -> CellReport:
-    members = [future.result() for future in column.members]
-    data = shards.build_tar(members)
-    record = Commit(
-        modality=modality,
-        shard=task.shard,
-        spec=task.specs[modality],
-        file=tar_path(modality, task.shard),
-        num_bytes=len(data),
-        sha256=shards.sha256(data),
-        num_samples=len(members),
-        keys_sha256=shards.keys_sha256(m.key for m in members),
-        invalid=dict(sorted(column.invalid.items())),
-        provenance=provenance.of_labeler(column.labeler) | {"random": random},
-    )
-    dataset.publish(record, data)
-    reasons: dict[str, int] = {}
-    for reason in column.invalid.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return CellReport(modality, len(members), len(column.invalid), len(data), column.seconds, reasons)
+        return Labelling(
+            self.root,
+            self.labelers,
+            self.batches,
+            device,
+            threads=self.threads,
+            lease_seconds=self.lease_seconds,
+            flush_seconds=self.flush_seconds,
+            spool=self.spool,
+        )

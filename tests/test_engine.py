@@ -122,7 +122,7 @@ def test_the_loser_of_a_race_keeps_the_winner(tmp_path: Path) -> None:
     slow = plan_labels(dataset, ["canny_edge"], [Threshold(level=3)])
     label(dataset, ["canny_edge"], Threshold())
     before = tree(tmp_path / "root")
-    with pytest.raises(Conflict, match="came first"):
+    with pytest.raises(Conflict, match="another identity"):
         local.run(slow.group(dataset.store.url), slow.tasks, workers=1, device="cpu", on_report=lambda r: None)
     assert tree(tmp_path / "root") == before
 
@@ -236,11 +236,3 @@ def test_ray_passes_on_what_stopped_a_worker_from_starting(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="no weights at all"):
         actors.run(plan.group(dataset.store.url), plan.tasks, workers=2, device="cpu", on_report=lambda r: None)
     assert dataset.committed("canny_edge") == []
-
-
-@pytest.mark.ray
-def test_a_shard_that_keeps_killing_its_worker_stops_the_run(tmp_path: Path) -> None:
-    dataset = ingested(tmp_path)
-    plan = plan_labels(dataset, ["canny_edge"], [Threshold(die_once=str(tmp_path / "no" / "such" / "folder"))])
-    with pytest.raises(actors.TaskKilledWorkers, match="ended 3 worker processes"):
-        actors.run(plan.group(dataset.store.url), plan.tasks, workers=1, device="cpu", on_report=lambda r: None)

@@ -1,0 +1,122 @@
+"""What a labelling task reads: the committed tars of a shard, decoded ahead of the labelers within a limit of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dataengine import modalities, pulse
+from dataengine.attempt import Failed
+from dataengine.manifest import Dataset, tar_path
+from dataengine.pulse import Death, Step
+from dataengine.shards import Member
+
+AHEAD_BYTES = 256 << 20
+"""Decoded values that may wait for a labeler: some batches of full-size photographs."""
+
+AHEAD_ROWS = 256
+"""Rows that may: small images must not make thousands of futures."""
+
+FIRST_ROWS = 4
+"""Rows that may before the size of any is known."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The members of the input columns of one shard, which of them are only placeholders, and which mean nothing."""
+
+    shard: int
+    keys: tuple[str, ...]
+    members: Mapping[str, list[Member]]
+    invalid: Mapping[str, Mapping[str, str]]
+    random: Mapping[str, bool]
+
+    @classmethod
+    def read(cls, dataset: Dataset, shard: int, names: Sequence[str], threads: Executor) -> Inputs:
+        """Read whole tars side by side; ValueError when one is not what its record says, or not aligned with rgb."""
+        records = {m: dataset.commit(m, shard) for m in names}
+        for m, record in records.items():
+            if record is None:
+                raise ValueError(f"{tar_path(m, shard)} is needed as input and is not committed")
+        members = dict(zip(names, threads.map(lambda m: dataset.read(m, shard), names), strict=True))
+        there = [r for r in records.values() if r is not None]
+        keys = records["rgb"].keys if records.get("rgb") is not None else dataset.keys(shard)  # type: ignore[union-attr]
+        for m, column in members.items():
+            if tuple(member.key for member in column) != keys:
+                raise ValueError(f"{tar_path(m, shard)} does not list the keys of the rgb tar: run `dataengine verify`")
+        invalid = {r.modality: r.invalid for r in there}
+        return cls(shard, keys, members, invalid, {r.modality: bool(r.provenance.get("random")) for r in there})
+
+    def bad(self, modality: str) -> Mapping[str, str]:
+        """The keys whose value of a modality is only a placeholder, with the reason."""
+        return self.invalid.get(modality, {})
+
+    def decode(self, row: int) -> dict[str, Any] | Failed:
+        """The decoded values of one row, or why they cannot be had."""
+        values = {}
+        for m, column in self.members.items():
+            try:
+                values[m] = modalities.load(m).decode(column[row].data)
+            except Exception as error:
+                return Failed(f"cannot decode {m}: {type(error).__name__}: {error}"[:300])
+        return values
+
+
+class Ahead:
+    """Decodes rows in threads ahead of who asks for them; with deaths given, one at a time and only when asked."""
+
+    def __init__(self, inputs: Inputs, rows: Sequence[int], threads: Executor, deaths: Sequence[Death] | None) -> None:
+        self.inputs, self._threads, self._deaths = inputs, threads, deaths
+        self._waiting = list(reversed(rows))
+        self._futures: dict[int, Future[dict[str, Any] | Failed]] = {}
+        self._values: dict[int, dict[str, Any] | Failed] = {}
+        self._bytes = 0  # of the largest row so far: what a row that is not decoded yet is taken for
+        self._fill()
+
+    def values(self, row: int) -> dict[str, Any] | Failed:
+        """The decoded values of a row, waited for if they must be."""
+        if row not in self._values:
+            self._values[row] = self._carefully(row) if self._deaths is not None else self._next(row)
+        return self._values[row]
+
+    def _next(self, row: int) -> dict[str, Any] | Failed:
+        if row not in self._futures:
+            self._futures[row] = self._threads.submit(self.inputs.decode, row)
+        found = self._futures.pop(row).result()
+        if isinstance(found, dict):
+            self._bytes = max(self._bytes, sum(v.nbytes for v in found.values() if isinstance(v, np.ndarray)))
+        self._fill()
+        return found
+
+    def _carefully(self, row: int) -> dict[str, Any] | Failed:
+        now = Step(self.inputs.shard, "decode", row, row + 1)
+        fate = pulse.fate(self._deaths or (), now)
+        if fate != "run":
+            return Failed(f"decoding {fate}")
+        with pulse.step(self.inputs.shard, "decode", row, row + 1):
+            return self.inputs.decode(row)
+
+    def _fill(self) -> None:
+        if self._deaths is not None:
+            return
+        while self._waiting and len(self._futures) < (AHEAD_ROWS if self._bytes else FIRST_ROWS):
+            if self._futures and (len(self._futures) + len(self._values)) * self._bytes > AHEAD_BYTES:
+                return
+            row = self._waiting.pop()
+            if row not in self._values:
+                self._futures[row] = self._threads.submit(self.inputs.decode, row)
+
+    def release(self, before: int) -> None:
+        """Forget the rows below `before`: every labeler has seen them."""
+        for row in [r for r in self._values if r < before]:
+            del self._values[row]
+        self._fill()
+
+    def close(self) -> None:
+        """Drop what was decoded for nobody."""
+        for future in self._futures.values():
+            future.cancel()
