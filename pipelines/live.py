@@ -132,16 +132,29 @@ class RunState:
         return self.stages[event.stage]
 
     def _worker_up(self, event: Event) -> None:
-        stage = self._of(event)
-        if event.worker not in self.workers:
+        seconds = float(event.values.get("seconds", 0.0))
+        worker = self.workers.get(event.worker)
+        if worker is None:
             self.workers_joined += 1
-            stage.workers += 1
-            stage.start_seconds += float(event.values.get("seconds", 0.0))
+            self._of(event).workers += 1
             self.workers[event.worker] = WorkerState(event.stage, event.node, event.time)
+        else:
+            self._move(worker, event.stage, event.time - seconds)
+            worker.mark = max(worker.mark, event.time)
+        self._of(event).start_seconds += seconds
+
+    def _move(self, worker: WorkerState, stage: str, time: float) -> None:
+        """A worker that serves several stages (this process, without Ray) counts for the one it works for."""
+        if worker.stage != stage:
+            self.stages[worker.stage].account(worker, time)
+            self.stages[worker.stage].workers -= 1
+            self.stages.setdefault(stage, StageState(stage)).workers += 1
+            worker.stage = stage
 
     def _worker_down(self, event: Event) -> None:
         if worker := self.workers.pop(event.worker, None):
             stage = self.stages[worker.stage]
+            stage.lost_seconds += worker.busy(event.time)
             stage.account(worker, event.time)
             stage.workers -= 1
             if not event.values.get("planned", False):
@@ -158,21 +171,26 @@ class RunState:
         self.note(event.time, f"node {event.node} is gone ({cause})")
 
     def _node_draining(self, event: Event) -> None:
-        deadline = event.values.get("deadline")
-        self.nodes.setdefault(event.node, NodeState()).draining = float(deadline) if deadline else event.time
+        deadline = float(event.values.get("deadline") or event.time)
+        # Ray counts milliseconds.
+        self.nodes.setdefault(event.node, NodeState()).draining = deadline / 1000 if deadline > 1e11 else deadline
         self.note(event.time, f"node {event.node} announced its end")
 
     def _start(self, event: Event) -> None:
+        stage = self._of(event)
         if event.worker and event.worker not in self.workers:
             self._worker_up(Event(event.time, "worker-up", event.stage, event.worker, event.node))
-        self._of(event).start(event)
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            self._move(worker, event.stage, event.time)
+        stage.start(event, worker)
 
     def _report(self, event: Event) -> None:
         stage, values = self._of(event), event.values
         cells = [c if isinstance(c, Mapping) else vars(c) for c in values.get("cells", ())]
         new = event.rows is None and event.shard not in stage.done
-        stage.end_attempt(event, self.workers.get(event.worker))
-        stage.report(event, cells)
+        seconds = stage.end_attempt(event, self.workers.get(event.worker))
+        stage.report(event, cells, seconds)
         for text in values.get("notes", ()):
             self.note(event.time, f"{stage.name}, shard {event.shard}: {text}")
         for cell in cells if new else ():
@@ -197,17 +215,25 @@ class RunState:
             _count(column.reasons, "unknown", unexplained, MAX_KINDS)
 
     def _lost(self, event: Event) -> None:
-        stage = self._of(event)
-        stage.lost_seconds += stage.end_attempt(event, self.workers.get(event.worker))
-        _count(stage.lost, kind_of(str(event.values.get("cause", ""))), 1, MAX_KINDS)
+        stage, cause = self._of(event), str(event.values.get("cause", ""))
+        seconds = stage.end_attempt(event, self.workers.get(event.worker))
+        if cause == "busy":
+            stage.held += 1
+            return
+        # What was told to stop left its finished rows in staging.
+        stage.task_seconds += seconds if cause == "drained" else 0.0
+        stage.lost_seconds += 0.0 if cause == "drained" else seconds
+        _count(stage.lost, kind_of(cause), 1, MAX_KINDS)
 
     def _failed(self, event: Event) -> None:
         stage = self._of(event)
-        stage.end_attempt(event, self.workers.get(event.worker))
+        stage.lost_seconds += stage.end_attempt(event, self.workers.get(event.worker))
         stage.give_up(event)
         self.note(event.time, f"{stage.name}, shard {event.shard} was given up: {event.values.get('cause', '')}")
 
     def _usage(self, event: Event) -> None:
+        if event.node not in self.nodes and self.nodes_joined:
+            return  # the last word of a node that is gone
         node = self.nodes.setdefault(event.node, NodeState())
         node.cpu = float(event.values.get("cpu", 0.0))
         node.gpus = tuple(float(g) for g in event.values.get("gpus", ()))
@@ -241,7 +267,7 @@ class RunState:
             return (0.0 if self.stages and all(v == 0.0 for v in none.values()) else None), none
         scale = sum(measured.values()) / max(sum(self.stages[n].declared for n in measured), 1e-9)
         each = {name: measured.get(name, s.declared * scale) for name, s in self.stages.items()}
-        left = {name: s.remaining(now, each[name]) for name, s in self.stages.items()}
+        left = {name: s.remaining(now, each[name], self.workers) for name, s in self.stages.items()}
         own = {name: self._own_eta(s, now, left[name], each[name]) for name, s in self.stages.items()}
         total: dict[str, float | None] = {}
         for name in self.stages:
@@ -253,7 +279,7 @@ class RunState:
     def _own_eta(self, stage: StageState, now: float, rows: float, each: float) -> float | None:
         if stage.finished:
             return 0.0
-        rate, reports = stage.recent(now)
+        _, rate, reports = stage.recent(now)
         if reports >= max(3, stage.workers) and rate > 0:
             return rows / rate
         return rows * each / stage.workers if stage.workers else None
@@ -338,6 +364,7 @@ def _stage(stage: StageState, now: float, eta: float | None, hours: tuple[float,
         "device_busy": stage.device_busy(),
         "failed_labels": stage.bad,
         "attempts_lost": dict(stage.lost),
+        "held_elsewhere": stage.held,
         "workers_lost": dict(stage.workers_lost),
         "labelers": list(stage.labelers),
         "modalities": list(stage.modalities),

@@ -19,11 +19,20 @@ MEASURED = 64
 
 @dataclass
 class WorkerState:
-    """A worker that is up. `mark` is the time up to which its seconds are in its stage's account."""
+    """A worker that is up, and the stage it works for."""
 
     stage: str
     node: str
     mark: float
+    """The time up to which its seconds are in its stage's account."""
+    tasks: int = 0
+    """What it was handed and has not ended: the first is under way, the others wait behind it."""
+    since: float = 0.0
+    """When the first of them began."""
+
+    def busy(self, time: float) -> float:
+        """Seconds of the task under way that are in no account yet."""
+        return max(0.0, time - max(self.mark, self.since)) if self.tasks else 0.0
 
 
 @dataclass
@@ -57,11 +66,14 @@ class StageState:
     """Images this run labelled."""
     refused: int = 0
     settled: float = 0.0
-    """Rows of the plan that are behind it: labelled, found committed, or given up."""
+    """Rows of the plan that are behind it: labelled, found committed, or given up; each shard counts as many as the
+    average, since reports count images, and a plan may count anything that adds up."""
     bad: int = 0
     """Labels that failed."""
     cells: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    held: int = 0
+    """Attempts that found their shard in the hands of another run: nothing was done, and nothing lost."""
     workers_lost: Counter[str] = field(default_factory=Counter)
 
     workers: int = 0
@@ -71,11 +83,12 @@ class StageState:
     start_seconds: float = 0.0
     worker_seconds: float = 0.0
     """Seconds of workers that had started, up to their last report or end; without the time they took to start."""
-    report_seconds: float = 0.0
+    task_seconds: float = 0.0
+    """Of these, in tasks that ended in a report or in good order."""
     lost_seconds: float = 0.0
-    num_reports: int = 0
+    """Of these, in attempts that were lost."""
 
-    _recent: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=int(MAX_WINDOW)))
+    _recent: deque[tuple[int, int, float, int]] = field(default_factory=lambda: deque(maxlen=int(MAX_WINDOW)))
     _service: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MEASURED))
 
     def declare(self, values: Mapping[str, Any]) -> None:
@@ -90,63 +103,70 @@ class StageState:
         self.needs = tuple(values.get("needs", self.needs))
         self.wanted = dict(values.get("cells", self.wanted))
 
-    def start(self, event: Event) -> None:
+    def start(self, event: Event, worker: WorkerState | None) -> None:
         """A task was handed to a worker."""
         self.began = event.time if self.began is None else self.began
-        if event.shard is not None:
-            self.running[event.shard, event.rows] = (event.worker, event.time)
+        if worker is not None:
+            worker.since = worker.since if worker.tasks else event.time
+            worker.tasks += 1
+        self.running[event.shard or 0, event.rows] = (event.worker, event.time)
 
     def end_attempt(self, event: Event, worker: WorkerState | None) -> float:
-        """An attempt is over, one way or the other: its seconds, as far as they are known."""
+        """An attempt is over, one way or the other: the seconds it took, as far as they are known."""
         self.last = max(self.last, event.time)
-        _, since = self.running.pop((event.shard or 0, event.rows), ("", event.time))
-        if worker is not None:
-            self.account(worker, event.time)
-        return max(0.0, event.time - since)
+        shard = event.shard or 0
+        ended = [(shard, event.rows)] if (shard, event.rows) in self.running else []
+        if event.kind == "failed":  # the whole shard, whatever part of it was at hand
+            ended = [k for k, (who, _) in self.running.items() if k[0] == shard and who == event.worker]
+        for key in ended:
+            del self.running[key]
+        if worker is None or not ended:
+            return 0.0
+        seconds = worker.busy(event.time)
+        self.account(worker, event.time)
+        worker.tasks, worker.since = max(0, worker.tasks - len(ended)), event.time
+        return seconds
 
     def account(self, worker: WorkerState, time: float) -> None:
         """Add a worker's seconds since its mark."""
         self.worker_seconds += max(0.0, time - worker.mark)
         worker.mark = max(worker.mark, time)
 
-    def report(self, event: Event, cells: list[Mapping[str, Any]]) -> None:
-        """A task ended: count its rows once, whoever else reported them."""
+    def report(self, event: Event, cells: list[Mapping[str, Any]], seconds: float) -> None:
+        """A task ended after `seconds`: count its rows once, whoever else reported them."""
         values, shard, rows = event.values, event.shard or 0, event.rows
-        seconds = float(values.get("seconds", 0.0))
-        self.num_reports += 1
-        self.report_seconds += seconds
+        self.task_seconds += seconds
         self.spent.update({name: float(n) for name, n in values.get("spent", {}).items()})
         if values.get("outcome", "done") != "done" or shard in self.done:
             return
         parts = self.parts.setdefault(shard, set())
         before = sum(b - a for a, b in parts)
         if rows is None:
-            made = max((int(c["num_samples"]) for c in cells), default=0)
-            refused = int(values.get("num_refused", 0))
-            images, settled = max(0, made - before), max(0.0, (made + refused or self._share()) - before)
-            self.refused += refused
+            images = max(0, max((int(c["num_samples"]) for c in cells), default=0) - before)
+            settled = max(0.0, self._share() - before)
+            self.refused += int(values.get("num_refused", 0))
         else:
             images = 0 if rows in parts else rows[1] - rows[0]
             settled = float(images)
             parts.add(rows)
         self.images += images
-        if shard not in self.failed:
-            self.settled += settled
+        if shard in self.failed:
+            settled = 0.0
+        self.settled += settled
         if rows is None:
             self.done.add(shard)
             self.failed.pop(shard, None)
             del self.parts[shard]
-        self._measure(event.time, images, seconds, settled)
+        self._measure(int(event.time), images, settled, seconds or float(values.get("seconds", 0.0)))
 
-    def _measure(self, time: float, images: int, seconds: float, settled: float) -> None:
-        bucket = int(time)
-        if self._recent and self._recent[-1][0] >= bucket:
-            at, rows, reports = self._recent.pop()
-            self._recent.append((at, rows + images, reports + 1))
-        else:
-            self._recent.append((bucket, images, 1))
+    def _measure(self, bucket: int, images: int, settled: float, seconds: float) -> None:
         if settled and seconds:
             self._service.append((seconds, settled))
+        reports = 1
+        if self._recent and self._recent[-1][0] >= bucket:
+            bucket, more_images, more_settled, more_reports = self._recent.pop()
+            images, settled, reports = images + more_images, settled + more_settled, reports + more_reports
+        self._recent.append((bucket, images, settled, reports))
 
     def give_up(self, event: Event) -> None:
         """A task was given up: the rows of its shard will not come."""
@@ -172,18 +192,20 @@ class StageState:
         """Whether every task is done or given up."""
         return self.tasks > 0 and len(self.done) + len(self.failed) >= self.tasks
 
-    def recent(self, now: float) -> tuple[float, int]:
-        """Images a second of late, and the reports that this rests on.
+    def recent(self, now: float) -> tuple[float, float, int]:
+        """Of late: images a second, rows of the plan a second, and the reports that this rests on.
 
         It looks back over four tasks' time, so that shards that take long do not make it flicker, between a minute and
         an hour.
         """
         if self.began is None or self.finished:
-            return 0.0, 0
+            return 0.0, 0.0, 0
         each = sum(s for s, _ in self._service) / len(self._service) if self._service else 0.0
         since = max(self.began, now - min(max(MIN_WINDOW, 4 * each), MAX_WINDOW))
-        found = [(rows, reports) for at, rows, reports in self._recent if at > since]
-        return sum(r for r, _ in found) / max(now - since, 1.0), sum(n for _, n in found)
+        found = [entry[1:] for entry in self._recent if entry[0] > since]
+        images, rows, reports = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0.0, 0)
+        span = max(now - since, 1.0)
+        return images / span, rows / span, int(reports)
 
     def overall(self, now: float) -> float:
         """Images a second since its first task began, up to now or, once it is finished, its last report."""
@@ -196,16 +218,18 @@ class StageState:
         rows = sum(n for _, n in self._service)
         return sum(s for s, _ in self._service) / rows if rows else None
 
-    def remaining(self, now: float, seconds_per_row: float) -> float:
-        """Rows still to come; of tasks in progress, what their time so far lets expect is taken off."""
+    def remaining(self, now: float, seconds_per_row: float, workers: Mapping[str, WorkerState]) -> float:
+        """Rows still to come; of the task each worker is at, what its time so far lets expect is taken off."""
         if self.finished:
             return 0.0
-        rows = 0.0
-        for (shard, part), (_, since) in self.running.items():
-            if shard not in self.done and shard not in self.failed:
-                size = part[1] - part[0] if part else self._share() - sum(b - a for a, b in self.parts.get(shard, ()))
-                rows += min((now - since) / max(seconds_per_row, 1e-9), 0.95 * max(size, 0.0))
-        return max(0.0, self.rows - self.settled - max(rows, 0.0))
+        under_way, seen = 0.0, set()
+        for (shard, part), (who, _) in self.running.items():
+            if who in seen or who not in workers or shard in self.done or shard in self.failed:
+                continue
+            seen.add(who)
+            size = part[1] - part[0] if part else self._share() - sum(b - a for a, b in self.parts.get(shard, ()))
+            under_way += max(0.0, min(workers[who].busy(now) / max(seconds_per_row, 1e-9), 0.95 * size))
+        return max(0.0, self.rows - self.settled - under_way)
 
     def device_busy(self) -> float | None:
         """Share of its workers' time, since they started, in which a labeler ran; None before one was timed."""

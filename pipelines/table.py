@@ -128,9 +128,9 @@ def _lost(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
 
 def _nodes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     nodes = s["nodes"]
-    name = max((len(n["node"]) for n in nodes[:MAX_NODES]), default=0)
+    name = max((len(_short(n["node"])) for n in nodes[:MAX_NODES]), default=0)
     for i, n in enumerate(nodes[:MAX_NODES]):
-        text = Text(f"{n['node']:<{name}}  {n['workers']:>3} workers   cpu {_percent(n['cpu']):>5}")
+        text = Text(f"{_short(n['node']):<{name}}  {n['workers']:>3} workers   cpu {_percent(n['cpu']):>5}")
         if n["draining"]:
             text.append(f"   ending {_clock(n['draining'], s['time'])}", style="yellow")
         if n["gpus"]:
@@ -146,6 +146,11 @@ def _nodes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
         yield "", Text(f"and {len(rest)} more: {sum(n['workers'] for n in rest)} workers{busy}", style="dim")
     if s["nodes_lost"]:
         yield "nodes lost", Text(", ".join(f"{n:,} x {c}" for c, n in s["nodes_lost"].items()), style="yellow")
+
+
+def _short(node: str) -> str:
+    """Ray's ids of nodes are 56 hexadecimal digits."""
+    return node[:12] if len(node) > 40 else node
 
 
 def _notes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
