@@ -45,6 +45,8 @@ class Measured:
     pixels: float
     encode_seconds: float = 0.0
     """CPU seconds an image to encode what it emits."""
+    decode_seconds: float = 0.0
+    """Seconds an image to decode what it reads."""
     bytes_out: Mapping[str, float] = field(default_factory=dict)
     """Encoded bytes an image, by modality."""
     busy: float | None = None

@@ -143,7 +143,7 @@ def test_pins_that_contradict_themselves_are_refused() -> None:
 SECONDS = st.floats(0.01, 5.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(SECONDS, min_size=1, max_size=3), st.integers(1, 7), st.integers(1, 9))
 def test_the_slowest_group_is_as_fast_as_any_numbers_of_workers_could_make_it(
     seconds: list[float], cpus: int, limit: int
@@ -175,7 +175,7 @@ def _costs(draw: st.DrawFn) -> list[Cost]:
     return out
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     _costs(),
     st.lists(
