@@ -139,7 +139,7 @@ def _connected() -> Iterator[None]:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}}
     if "RAY_ADDRESS" not in os.environ:
-        options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield
