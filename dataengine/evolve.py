@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dataengine import modalities, plugins, provenance, shards
-from dataengine.manifest import Commit, Conflict, Dataset, tar_path
+from dataengine.index import record_path
+from dataengine.manifest import Commit, Conflict, Dataset, Published, tar_path
 from dataengine.storage import Store
 
 PACKED = "tokens"
@@ -28,15 +29,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Dropped:
-    """What became of one column: its cells, and files without a record (unfinished rows, what interruptions left)."""
+    """What became of one column: the records and the files (tars, unfinished rows) that were deleted."""
 
     column: str
     num_cells: int
-    num_leftovers: int
+    num_files: int
 
 
 def drop(dataset: Dataset, columns: Sequence[str], forced: Collection[str] = ()) -> list[Dropped]:
-    """Forget columns: each cell's record, then its tar, then what lies in staging for the column.
+    """Forget columns: the records of each, then its tars and what lies in staging for it.
 
     ValueError, and nothing changed, for an ingested column, for a name that is neither a column nor a modality, and
     for one that another column was made from, unless that one goes too or `forced` names it.
@@ -59,23 +60,12 @@ def drop(dataset: Dataset, columns: Sequence[str], forced: Collection[str] = ())
 
 
 def _drop(dataset: Dataset, column: str) -> Dropped:
+    """Records first; then whatever is in the column's folders, which an interruption may have left without one."""
     cells = dataset.committed(column)
-    _each(lambda shard: _forget(dataset, column, shard), cells)
-    return Dropped(column, len(cells), _sweep(dataset.store, column))
-
-
-def _forget(dataset: Dataset, column: str, shard: int) -> None:
-    try:
-        dataset.uncommit(column, shard)
-    except FileNotFoundError:
-        return  # the record is gone, and so was its tar
-
-
-def _sweep(store: Store, column: str) -> int:
-    """Delete the files of a column that has no records any more: tars that an interruption left, unfinished rows."""
-    left = [*_below(store, column), *_below(store, f"staging/{column}")]
-    _each(store.remove, left)
-    return len(left)
+    dataset.store.remove_many([record_path(column, shard) for shard in cells])
+    files = [*_below(dataset.store, column), *_below(dataset.store, f"staging/{column}")]
+    dataset.store.remove_many(files)
+    return Dropped(column, len(cells), len(files))
 
 
 def _below(store: Store, folder: str) -> Iterator[str]:
@@ -103,7 +93,7 @@ def rename(dataset: Dataset, old: str, new: str, forced: bool = False) -> int:
     cells, there = dataset.committed(old), dataset.committed(new)
     if not cells:
         if there and _former(dataset, new, there[0]) == old:
-            _sweep(dataset.store, old)
+            _drop(dataset, old)
             return 0
         known = dataset.modalities()
         raise ValueError(f"no column {old!r}{plugins.nearest(old, known)}; there is: {', '.join(known)}")
@@ -115,9 +105,8 @@ def rename(dataset: Dataset, old: str, new: str, forced: bool = False) -> int:
         )
     for shard in there:
         _check_own(dataset, old, new, shard, forced)
-    _each(lambda shard: _rename(dataset, old, new, shard, forced), cells)
-    _each(lambda shard: _forget(dataset, old, shard), cells)
-    _sweep(dataset.store, old)
+    each(lambda shard: _rename(dataset, old, new, shard, forced), cells)
+    _drop(dataset, old)
     return len(cells)
 
 
@@ -211,7 +200,7 @@ def existing(dataset: Dataset, column: str, shard: int) -> Commit:
     """The commit record of a cell that is known to be there; Conflict when somebody has just removed it."""
     record = dataset.commit(column, shard)
     if record is None:
-        raise Conflict(f"{tar_path(column, shard)} vanished: is another program changing {dataset.store.url}?")
+        raise Conflict(f"{tar_path(column, shard)} vanished: is another program changing {dataset.store.name}?")
     return record
 
 
@@ -222,8 +211,8 @@ def _known(dataset: Dataset, column: str) -> None:
         modalities.load(column)  # raises with the nearest name: a mistyped column must not pass for one that is gone
 
 
-def copy_cell(source: Dataset, record: Commit, target: Dataset, new: Commit) -> bool:
-    """Commit a cell with the bytes of another, under another name or root; False when it is there already.
+def copy_cell(source: Dataset, record: Commit, target: Dataset, new: Commit) -> Published:
+    """Commit a cell with the bytes of another, under another name or root.
 
     A hard link where both lie on one local disk (a tar is never changed in place), else the bytes are read, held to
     the record and published. A file without a record that is in the way is replaced, as `Dataset.publish` does.
@@ -258,7 +247,8 @@ def _linked(source: Store, record: Commit, target: Store, new: Commit) -> bool:
     return True
 
 
-def _each(do: Callable[[T], Any], items: Iterable[T]) -> None:
+def each(do: Callable[[T], Any], items: Iterable[T]) -> None:
+    """Do something for every cell, a few at once; the first error ends it."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(do, items):
             pass

@@ -1,4 +1,4 @@
-"""The commands that change a finished dataset or hand it on: drop, rename, export."""
+"""The commands that change a finished dataset or hand it on: drop, rename, export, merge, split, card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def drop(
 
     dropped = evolve.drop(Dataset(root), columns, force or [])
     for d in dropped:
-        line = f"{d.column}: {d.num_cells} cells forgotten, {d.num_leftovers} other files deleted"
-        say(None, False, line if d.num_cells or d.num_leftovers else f"{d.column}: nothing was there")
+        line = f"{d.column}: {d.num_cells} cells forgotten, {d.num_files} files deleted"
+        say(None, False, line if d.num_cells or d.num_files else f"{d.column}: nothing was there")
     if as_json:
         say([vars(d) for d in dropped], True, "")
 
@@ -84,6 +84,55 @@ def export(
         f"exported {made['num_samples']} samples, {len(made['columns'])} columns, {len(made['shards'])} shards; "
         f"{made['num_dropped']} invalid samples left out"
         + (f"; PLACEHOLDERS for failed labels are among them: {invalid}" if invalid else ""),
+    )
+
+
+@app.command()
+@exits
+def merge(
+    out: Annotated[str, typer.Argument(help="The root to make.")],
+    roots: Annotated[list[str], typer.Argument(help="Two or more dataset roots, in the order of their shards.")],
+    columns: Chosen = "",
+    as_json: Json = False,
+) -> None:
+    """Make one dataset root of several: shards renumbered, tars as they are, columns that are complete in all."""
+    from dataengine import combine
+
+    sources = [Dataset(root) for root in roots]
+    with Progress(console=console) as bar:
+        task = bar.add_task("merge", total=sum(s.plan.num_shards for s in sources))
+        made = combine.merge(Dataset(out), sources, names(columns), lambda number: bar.advance(task))
+    for column, why in made.left_out.items():
+        console.print(f"{column} is left out: it {why}", markup=False)
+    say(vars(made), as_json, f"merged {len(roots)} roots: {made.num_shards} shards of {', '.join(made.columns)}")
+
+
+@app.command()
+@exits
+def split(
+    out_a: Annotated[str, typer.Argument(help="The first root to make.")],
+    out_b: Annotated[str, typer.Argument(help="The second one, with the other shards.")],
+    root: Root,
+    fraction: Annotated[float | None, typer.Option(help="Of the shards, spread evenly, to the first root.")] = None,
+    shards: Annotated[str, typer.Option(help="The shards of the first root, as 0-99,120.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make two dataset roots of one, by shards; --fraction or --shards says which go to the first."""
+    from dataengine import combine
+
+    dataset = Dataset(root)
+    if (fraction is None) == (not shards):
+        raise ValueError("split: expected either --fraction or --shards")
+    of = dataset.plan.num_shards
+    first = combine.ranges(shards) if fraction is None else combine.evenly(fraction, of)
+    with Progress(console=console) as bar:
+        task = bar.add_task("split", total=of)
+        made = combine.split((Dataset(out_a), Dataset(out_b)), dataset, first, lambda shard: bar.advance(task))
+    counts = [part.num_shards for part in made]
+    say(
+        {"shards": counts, "columns": made[0].columns},
+        as_json,
+        f"{counts[0]} shards to {out_a}, {counts[1]} to {out_b}",
     )
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from dataengine import evolve, local, modalities, validate
+from dataengine import evolve, modalities, validate
 from dataengine.export import export, layout
-from dataengine.labeler import Labeler
 from dataengine.manifest import Conflict, Dataset
-from dataengine.plan import plan_labels
-from dataengine.storage import Store
 from tests.fakes import Inverted, Threshold, ingested, tree
+from tests.instants import Killed, at_every_instant, killed_before, label
 
 # webdataset leaves the tars it has read open.
 pytestmark = [
@@ -27,50 +26,13 @@ pytestmark = [
 ]
 
 
-class Killed(BaseException):
-    """The end of a process that nothing can catch."""
-
-
-@contextmanager
-def killed_before(step: int) -> Iterator[list[str]]:
-    """From its `step`th change to a store on, every change fails, as in a process that is no more."""
-    done: list[str] = []
-
-    def counted(do: Callable[..., object], name: str) -> Callable[..., object]:
-        def change(*args: object, **kwargs: object) -> object:
-            if len(done) >= step:
-                raise Killed
-            done.append(f"{name} {args[-1] if name == 'remove' else args[1]}")
-            return do(*args, **kwargs)
-
-        return change
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evolve, "_THREADS", 1)
-        patch.setattr(Store, "publish", counted(Store.publish, "publish"))
-        patch.setattr(Store, "remove", counted(Store.remove, "remove"))
-        patch.setattr(evolve.os, "link", counted(os.link, "link"))
-        yield done
-
-
-def at_every_instant(make: Callable[[str], Path], change: Callable[[Path], object]) -> int:
-    """Kill a change before each of its steps and run it again: the tree is that of an undisturbed one."""
-    calm = make("calm")
-    with killed_before(10**6) as steps:
-        change(calm)
-    for step in range(len(steps)):
-        root = make(f"killed{step}")
-        with killed_before(step), pytest.raises(Killed):
-            change(root)
-        change(root)
-        assert tree(root) == tree(calm), f"killed before {steps[step]}"
-    return len(steps)
-
-
-def label(dataset: Dataset, wanted: Sequence[str], *labelers: Labeler) -> int:
-    plan = plan_labels(dataset, wanted, labelers)
-    local.run(plan.group(dataset.store.url), plan.tasks, workers=1, device="cpu", on_report=lambda report: None)
-    return plan.num_cells
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        modalities.load("depth@v2")
+    except ValueError:
+        inner = modalities.load
+        monkeypatch.setattr(modalities, "load", lambda n: inner(n if "/" in n else evolve.versionless(n)))
 
 
 @pytest.fixture
@@ -94,7 +56,7 @@ def test_a_dropped_column_leaves_nothing_and_can_be_made_again(labelled: Callabl
     dataset, before = Dataset(root), tree(root)
     leave_rows(root, "sam_edge")
     (dropped,) = evolve.drop(dataset, ["sam_edge"])
-    assert (dropped.num_cells, dropped.num_leftovers) == (3, 1)
+    assert (dropped.num_cells, dropped.num_files) == (3, 4)
     assert tree(root) == {p: data for p, data in before.items() if "sam_edge" not in p}
     assert evolve.drop(dataset, ["sam_edge"]) == [evolve.Dropped("sam_edge", 0, 0)]
     assert label(dataset, ["sam_edge"], Threshold(), Inverted()) == 3
@@ -135,10 +97,11 @@ def test_a_drop_killed_at_any_instant_is_completed_by_the_same_call(labelled: Ca
 
 def test_a_drop_forgets_what_was_made_from_a_column_before_the_column(labelled: Callable[[str], Path]) -> None:
     root = labelled("root")
-    with killed_before(4), pytest.raises(Killed):
+    with killed_before(2), pytest.raises(Killed):
         evolve.drop(Dataset(root), ["canny_edge", "sam_edge"])
     assert Dataset(root).committed("canny_edge") == [0, 1, 2]
     assert Dataset(root).committed("sam_edge") == [2]
+    assert validate.verify(Dataset(root)) == []
 
 
 def test_a_renamed_column_is_known_to_the_labeler_that_made_it(versions: None, labelled: Callable[[str], Path]) -> None:
@@ -308,10 +271,43 @@ def test_what_cannot_be_exported_is_named(faulty: Dataset, tmp_path: Path) -> No
         export(faulty, str(tmp_path / "out"), layout(faulty, [], True, None))
 
 
-@pytest.fixture
-def versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        modalities.load("depth@v2")
-    except ValueError:
-        inner = modalities.load
-        monkeypatch.setattr(modalities, "load", lambda n: inner(n if "/" in n else evolve.versionless(n)))
+KILLED = """
+import os, signal, sys
+from dataengine.storage import Store
+from pipelines.__main__ import main
+left, remove = int(sys.argv.pop(1)), Store.remove_many
+def removing(store, paths):
+    for path in paths:
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        remove(store, [path])
+Store.remove_many = removing
+sys.argv[0] = "dataengine"
+main()
+"""
+
+
+def test_a_killed_command_is_completed_by_the_same_command(labelled: Callable[[str], Path]) -> None:
+    root = labelled("root")
+    kept = {p: data for p, data in tree(root).items() if "edge" not in p}
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", KILLED, *map(str, arguments)],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    drop = ("drop", root, "canny_edge", "sam_edge", "--json")
+    assert command(5, *drop).returncode == -signal.SIGKILL
+    assert len(tree(root)) == len(kept) + 12 - 5
+    done = command(100, *drop)
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(done.stdout), key=lambda d: str(d["column"])) == [
+        {"column": "canny_edge", "num_cells": 3, "num_files": 3},
+        {"column": "sam_edge", "num_cells": 0, "num_files": 1},
+    ]
+    assert tree(root) == kept
+    refused = command(100, "drop", root, "rgb")
+    assert (refused.returncode, "rgb was ingested" in refused.stderr) == (2, True)
