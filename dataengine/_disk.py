@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,20 @@ class Disk:
         """Delete a file; nothing happens when it is gone already."""
         with self._telling("deleting", path):
             Path(self._base, path).unlink(missing_ok=True)
+
+    def take(self, path: str) -> bytes | None:
+        """Delete a file and return what it held: it is moved aside first, to where `gc` finds what was left."""
+        target = Path(self._base, path)
+        aside = target.parent / ".staging" / uuid.uuid4().hex
+        with self._telling("taking", path):
+            aside.parent.mkdir(exist_ok=True)
+            try:
+                os.rename(target, aside)
+            except FileNotFoundError:
+                return None
+            data = aside.read_bytes()
+            aside.unlink()
+            return data
 
     def remove_many(self, paths: list[str]) -> None:
         """Delete files."""

@@ -72,7 +72,7 @@ class Index:
         opened, cached = time.time(), _load(store)
         found = {}
         names = store.folders("commits")
-        with ThreadPoolExecutor(max_workers=16) as threads:
+        with ThreadPoolExecutor(max_workers=1 if store.local else 16) as threads:
             listings = threads.map(lambda name: _listed(store, name), names)
             for name, listed in zip(names, listings, strict=True):
                 batch = _column(store, name, listed, cached.get(name), opened)

@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ class NotADataset(ValueError):
 
 class Conflict(ValueError):
     """A cell is already committed with other content or another identity; nothing was changed."""
+
+
+class Published(Enum):
+    """What became of a cell that was to be published."""
+
+    NEW = "new"
+    SAME = "same"
+    """It was there, with the same identity and the same bytes."""
+    DIFFERS = "differs"
+    """It was there with the same identity and other bytes, and was kept: what made it is not deterministic."""
 
 
 class Dataset:
@@ -154,28 +165,51 @@ class Dataset:
         except tarfile.ReadError as error:
             raise ValueError(f"{record.file} is no tar: {error}") from error
 
-    def publish(self, record: Commit, data: bytes) -> bool:
-        """Publish a cell: its file, then its record. False when the same cell is there already; Conflict if it differs.
+    def publish(self, record: Commit, data: bytes) -> Published:
+        """Publish a cell: its file, then its record. Conflict when it was committed under another identity.
 
-        A file without a record is what an interrupted attempt left: adopted when its bytes are the same, else replaced.
+        A file without a record is what an interrupted attempt left, or is not finished with: adopted when its bytes
+        are the same, else replaced. Should its writer then be the first with a record, it gets its bytes back.
         """
-        if not self.store.publish(record.file, data):
-            there = self.commit(record.modality, record.shard)
-            if there is None and shards.sha256(self.store.read(record.file)) != record.sha256:
-                self.store.remove(record.file)
-                self.store.publish(record.file, data)
-        return self.record(record)
+        displaced = []
+        while not self.store.publish(record.file, data):
+            if self.commit(record.modality, record.shard) is not None or self._sha256(record.file) == record.sha256:
+                break
+            displaced.append(self.store.take(record.file))
+        try:
+            return self.record(record)
+        finally:
+            if displaced:
+                self._put_back(record.modality, record.shard, displaced)
 
-    def record(self, record: Commit) -> bool:
+    def record(self, record: Commit) -> Published:
         """Publish the record of a cell whose file is in place: the second half of `publish`, with its outcomes."""
         if self.store.publish(record_path(record.modality, record.shard), _json(dataclasses.asdict(record))):
-            return True
+            return Published.NEW
         there = self.commit(record.modality, record.shard)
-        if there is None or (there.spec, there.sha256) != (record.spec, record.sha256):
+        if there is None or there.spec != record.spec:
             raise Conflict(
-                f"{record.file} was committed by another run with other content; the one that came first is kept"
+                f"{record.file} was committed by another run with other settings, weights or inputs (identity "
+                f"{there.spec[:12] if there else 'gone'}, here {record.spec[:12]}); the one that came first is kept"
             )
-        return False
+        return Published.SAME if there.sha256 == record.sha256 else Published.DIFFERS
+
+    def _put_back(self, modality: str, shard: int, displaced: Iterable[bytes | None]) -> None:
+        """Give a committed cell its bytes again, if they are among those that were taken from under its name."""
+        record = self.commit(modality, shard)
+        if record is None:
+            return
+        for data in displaced:
+            if data is not None and shards.sha256(data) == record.sha256:
+                while self._sha256(record.file) != record.sha256:
+                    self.store.take(record.file)
+                    self.store.publish(record.file, data)
+
+    def _sha256(self, path: str) -> str | None:
+        try:
+            return shards.sha256(self.store.read(path))
+        except FileNotFoundError:
+            return None
 
     def uncommit(self, modality: str, shard: int) -> None:
         """Forget a cell: its record first, so that no reader sees a record without its file."""
@@ -223,4 +257,5 @@ def tar_path(modality: str, shard: int) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    # A name that is not UTF-8 has lone surrogates in Python; a backslash and their number is what JSON says for them.
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -150,6 +150,18 @@ class Store:
         """Delete one object; nothing happens when it is gone already."""
         self._objects.remove(path)
 
+    def take(self, path: str) -> bytes | None:
+        """Delete one object and return what it held; None when there was none.
+
+        On a disk these are exactly the bytes that were deleted; on an object store another writer may come between.
+        """
+        if isinstance(self._objects, Disk):
+            return self._objects.take(path)
+        data = self._read_or_none(path)
+        if data is not None:
+            self.remove(path)
+        return data
+
     def remove_many(self, paths: Iterable[str]) -> None:
         """Delete objects, a thousand at a time where the store can."""
         self._objects.remove_many(list(paths))
