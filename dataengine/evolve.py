@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from dataengine import modalities, plugins, provenance, shards
 from dataengine.index import record_path
-from dataengine.manifest import Commit, Conflict, Dataset, Published, tar_path
+from dataengine.manifest import Commit, Conflict, Dataset, tar_path
 from dataengine.storage import Store
 
 PACKED = "tokens"
@@ -211,18 +211,24 @@ def _known(dataset: Dataset, column: str) -> None:
         modalities.load(column)  # raises with the nearest name: a mistyped column must not pass for one that is gone
 
 
-def copy_cell(source: Dataset, record: Commit, target: Dataset, new: Commit) -> Published:
-    """Commit a cell with the bytes of another, under another name or root.
+def copy_cell(source: Dataset, record: Commit, target: Dataset, new: Commit) -> None:
+    """Commit a cell with the bytes of another, under another name or root; Conflict when there is another one.
 
     A hard link where both lie on one local disk (a tar is never changed in place), else the bytes are read, held to
     the record and published. A file without a record that is in the way is replaced, as `Dataset.publish` does.
     """
-    if target.commit(new.modality, new.shard) is None and not _linked(source.store, record, target.store, new):
-        data = source.store.read(record.file)
-        if shards.sha256(data) != record.sha256:
-            raise ValueError(f"{record.file} does not have the sha256 of its commit record {record.sha256}")
-        return target.publish(new, data)
-    return target.record(new)
+    there = target.commit(new.modality, new.shard)
+    if there is None:
+        if _linked(source.store, record, target.store, new):
+            target.record(new)
+        else:
+            data = source.store.read(record.file)
+            if shards.sha256(data) != record.sha256:
+                raise ValueError(f"{record.file} does not have the sha256 of its commit record {record.sha256}")
+            target.publish(new, data)
+        there = existing(target, new.modality, new.shard)
+    if (there.spec, there.sha256) != (new.spec, new.sha256):
+        raise Conflict(f"{new.file} of {target.store.name} is committed with other content: it was kept")
 
 
 def _linked(source: Store, record: Commit, target: Store, new: Commit) -> bool:
