@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
+import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from dataengine.labeler import Labeler, Loaded
 from dataengine.manifest import Dataset
 from dataengine.modalities import color_palette, sam_instance
 from dataengine.modalities.metadata import KINDS
+from dataengine.sample import Sample
 
 MODALITIES = (
     *("canny_edge", "CLIP-B16", "color_palette", "depth", "det", "DINOv2-B14"),
@@ -157,3 +161,50 @@ class Null(Labeler):
         value_sets()
         mark(self.marks)
         return lambda samples: [values_of(s.key, s.size) for s in samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding(Labeler):
+    """Holds a stand-in for a device for a fixed time per batch, and computes nothing.
+
+    Every batch is noted as `begin end rows`, seconds since the epoch, in a file of this process in `logs`: how busy the
+    device was is read there, and not in the engine's own accounts. A process is a device, and holds it for one batch at
+    a time.
+    """
+
+    inputs = ("rgb",)
+    emits = ()
+    batch_size = 8
+
+    stage: str
+    seconds: float
+    size: tuple[int, int]
+    logs: str
+
+    def load(self, device: str) -> Loaded:
+        log = Path(self.logs, f"{self.stage}-{os.getpid()}").open("a", buffering=1)  # noqa: SIM115
+        held = threading.Lock()
+
+        def run(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+            with held:
+                begin = time.time()
+                time.sleep(self.seconds)
+                log.write(f"{begin} {time.time()} {len(samples)}\n")
+            return [values_of(s.key, s.size) for s in samples]
+
+        value_sets(self.size)
+        return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks(Holding):
+    """A slow one that makes much: masks, their edges, classes."""
+
+    emits = ("sam_instance", "sam_edge", "semseg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features(Holding):
+    """A fast one: features of the whole image, and a map."""
+
+    emits = ("DINOv2-B14-global", "color_palette", "canny_edge")

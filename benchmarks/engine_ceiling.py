@@ -18,8 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,9 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks import _null, _plain, _report
-
-HERE = Path(__file__).resolve().parents[1]
+from benchmarks import _fresh, _null, _plain, _report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +50,8 @@ class Figures:
     cpu_seconds_per_image: float
     seconds: float
     images: int
-    digest: str
-    """Over the sha256 of every tar: equal for equal output."""
+    digests: list[str]
+    """For each shard, over the sha256 of its tars: equal for equal output."""
 
 
 WAYS = {
@@ -126,17 +122,16 @@ def do(job: Job) -> Figures:
         _raydata.run(root, out, shards, job.cores, marks, sink=job.way == "raydata_sink")
     meter.finish()
     begin = max(path.stat().st_mtime for path in marks.iterdir())
-    records = [out / "commits" / m / f"shard-{s:05d}.json" for m in _null.MODALITIES for s in shards]
-    end = max(path.stat().st_mtime for path in records)
-    cells = [json.loads(path.read_bytes()) for path in records]
-    images = sum(cell["num_samples"] for cell in cells) // len(_null.MODALITIES)
-    digest = hashlib.sha256(" ".join(cell["sha256"] for cell in cells).encode()).hexdigest()
+    records = [[out / "commits" / m / f"shard-{s:05d}.json" for m in _null.MODALITIES] for s in shards]
+    end = max(path.stat().st_mtime for row in records for path in row)
+    cells = [[json.loads(path.read_bytes()) for path in row] for row in records]
+    images = sum(row[0]["num_samples"] for row in cells)
     return Figures(
         images_per_second_per_core=images / (end - begin) / job.cores,
         cpu_seconds_per_image=meter.between(begin, end) / images,
         seconds=end - begin,
         images=images,
-        digest=digest,
+        digests=[hashlib.sha256(" ".join(c["sha256"] for c in row).encode()).hexdigest() for row in cells],
     )
 
 
@@ -161,38 +156,18 @@ def _engine(job: Job, marks: Path) -> None:
     ray.shutdown()
 
 
-def measured(job: Job, packages: Path) -> Figures:
-    """The job done in a fresh process that imports `dataengine` and `benchmarks` from a folder."""
+def measured(job: Job, where: Path) -> Figures:
+    """The job done in a fresh process, in a folder that is gone afterwards."""
     if job.way in OURS:
         shutil.copytree(job.root, job.out, copy_function=os.link)
-    program = "import sys; from benchmarks import engine_ceiling; engine_ceiling.child(sys.argv[1])"
-    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
-    # What the one before left to be written must not be this one's to wait for.
-    os.sync()
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(asdict(job))],
-        cwd=packages,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    shutil.rmtree(job.out, ignore_errors=True)
-    if done.returncode:
-        raise RuntimeError(f"{job.way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+    found = _fresh.call("engine_ceiling", "child", asdict(job), where)
+    shutil.rmtree(job.out)
+    return Figures(**found)
 
 
-def child(job: str) -> None:
-    """What the fresh process does: the job, its figures as one line of JSON."""
-    print("\n" + json.dumps(asdict(do(Job(**json.loads(job))))))
-
-
-def _packages(base: Path, engine: Path) -> Path:
-    """A folder to import from: the `dataengine` of a checkout, these benchmarks."""
-    base.mkdir()
-    (base / "dataengine").symlink_to(engine / "dataengine")
-    (base / "benchmarks").symlink_to(HERE / "benchmarks")
-    return base
+def child(**job: Any) -> dict[str, Any]:
+    """What the fresh process does."""
+    return asdict(do(Job(**job)))
 
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
@@ -204,12 +179,12 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ceiling-") as folder:
         base = Path(folder)
         _null.corpus(base, num_shards * shard_size, shard_size)
-        engines = {"": _packages(base / "here", HERE)}
+        engines = {"": _fresh.packages(base / "here")}
         if reference is not None:
-            engines["reference_"] = _packages(base / "there", reference.resolve())
+            engines["reference_"] = _fresh.packages(base / "there", reference)
         for _ in range(rounds):
             for way, (_, wanted) in WAYS.items():
-                for prefix, packages in engines.items():
+                for prefix, where in engines.items():
                     if prefix and way not in OURS:
                         continue
                     job = Job(
@@ -220,15 +195,15 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
                         cores=wanted or cores,
                     )
                     _report.console.print(f"{WAYS[way][0]}{' (reference)' if prefix else ''} ...")
-                    found.setdefault(prefix + way, []).append(measured(job, packages))
+                    found.setdefault(prefix + way, []).append(measured(job, where))
     return _summary(found, cores)
 
 
 def _summary(found: dict[str, list[Figures]], cores: int) -> dict[str, Any]:
     for prefix in ("reference_", ""):
-        digests = {w: f.digest for w, each in found.items() for f in each if w.startswith("reference_") == bool(prefix)}
-        if len(set(digests.values())) > 1:
-            raise RuntimeError(f"the ways wrote different bytes: {digests}")
+        same = [f.digests for w, each in found.items() for f in each if w.startswith("reference_") == bool(prefix)]
+        if any(len(set(shard)) > 1 for shard in zip(*same, strict=False)):
+            raise RuntimeError("the ways wrote different bytes")
     figures = {
         way: {
             name: statistics.median(getattr(f, name) for f in each)
