@@ -1,0 +1,141 @@
+"""Real Ray with several nodes: they go and come in the middle of a run, and the bytes are those of a calm one."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import ray.exceptions
+from ray.cluster_utils import Cluster
+
+from dataengine import actors, local, verdicts
+from dataengine.events import Event
+from dataengine.manifest import Dataset
+from dataengine.plan import plan_labels
+from dataengine.schedule import Stage
+from dataengine.work import LabelGroup
+from tests.fakes import Threshold, ingested, tree
+from tests.faulty import Faulty
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_way_for_ray_to_end_a_task_has_a_verdict_of_its_own() -> None:
+    theirs = {
+        name
+        for name, kind in vars(ray.exceptions).items()
+        if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == ray.exceptions.__name__
+    }
+    assert theirs - verdicts.VERDICTS.keys() == set()
+
+    class Died(ray.exceptions.ActorDiedError):
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def __str__(self) -> str:
+            return self.text
+
+    assert verdicts.of(Died("The actor died because its node has died.")) == "node"
+    assert verdicts.of(Died("killed by SIGKILL")) == "worker"
+    assert verdicts.of(ValueError("no")) == "task"
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for the device stage, and two nodes with a device each (GPUs in name only)."""
+    # A dead raylet is noticed at once and not after half a minute.
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 2}
+    head = {"num_cpus": 1, "num_gpus": 0, "_system_config": quick}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        made.add_node(num_cpus=1, num_gpus=1)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": environment})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def stages(dataset: Dataset, calls: Path) -> list[Stage]:
+    """Depth needs a device, edges a core: two stages that scale by themselves."""
+    rows = {s: len(dataset.keys(s)) for s in dataset.committed("rgb")}
+    made = []
+    for labeler, gpus in ((Faulty(seconds=0.25, calls=str(calls)), 1.0), (Threshold(seconds=0.05), 0.0)):
+        plan = plan_labels(dataset, labeler.emits, [labeler])
+        group = LabelGroup(dataset.store.url, plan.labelers, lease_seconds=5.0)
+        made.append(
+            Stage(
+                name=labeler.emits[0],
+                worker=group,
+                tasks=plan.tasks,
+                num_rows=rows,
+                window=labeler.batch_size,
+                num_cpus=0.5,
+                num_gpus=gpus,
+                max_workers=None if gpus else 1,
+            )
+        )
+    return made
+
+
+@pytest.mark.ray
+def test_a_node_goes_and_another_comes_while_two_stages_run(tmp_path: Path, cluster: Cluster) -> None:
+    calm = ingested(tmp_path, 96, shard_size=8, name="calm")
+    local.run_stages(stages(calm, tmp_path / "calm-calls"))
+    dataset = ingested(tmp_path, 96, shard_size=8)
+    events: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        done = sum(e.kind == "report" and e.stage == "depth" for e in events)
+        if event.kind == "report" and event.stage == "depth" and done in (2, 5):
+            if done == 2:
+                doomed = next(n for n in cluster.list_all_nodes() if n.node_id == event.node)
+                os.kill(doomed.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            else:
+                cluster.add_node(num_cpus=1, num_gpus=1)
+
+    actors.run_stages(stages(dataset, tmp_path / "calls"), on_event=on_event)
+    assert tree(tmp_path / "root") == tree(tmp_path / "calm")
+    kinds = [e.kind for e in events]
+    assert kinds.count("node-up") == 4
+    assert kinds.count("node-down") == 1
+    assert kinds.count("failed") == 0
+    gone = next(e.node for e in events if e.kind == "node-down")
+    came = [e.node for e in events if e.kind == "node-up"][-1]
+    assert any(e.kind == "worker-down" and e.node == gone for e in events)
+    assert any(e.kind == "report" and e.node == came for e in events)
+    up = {e.stage: sum(x.kind == "worker-up" and x.stage == e.stage for x in events) for e in events if e.stage}
+    assert up["depth"] >= 3
+    assert up["canny_edge"] >= 1
+
+
+@pytest.mark.ray
+def test_a_killed_actor_is_replaced_and_its_child_is_gone(tmp_path: Path, cluster: Cluster) -> None:
+    calm = ingested(tmp_path, 48, shard_size=16, name="calm")
+    local.run_stages(stages(calm, tmp_path / "calm-calls"))
+    dataset = ingested(tmp_path, 48, shard_size=16)
+    killed: list[psutil.Process] = []
+    events: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if event.kind == "start" and event.stage == "depth" and not killed:
+            children = [
+                p for p in psutil.process_iter(["cmdline"]) if "supervise._main" in " ".join(p.info["cmdline"] or [])
+            ]
+            killed.extend(children)
+            for parent in {c.ppid() for c in children}:
+                os.kill(parent, signal.SIGKILL)
+
+    actors.run_stages(stages(dataset, tmp_path / "calls"), on_event=on_event)
+    assert killed
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in killed)
+    assert any(e.kind == "lost" for e in events)
+    assert tree(tmp_path / "root") == tree(tmp_path / "calm")
