@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import http.client
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import tenacity
 
 from dataengine._redact import redacted
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -87,6 +89,7 @@ def patiently(operation: str, name: str, call: Callable[[], T]) -> T:
         stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_after_delay(patience.seconds),
         wait=tenacity.wait_random_exponential(multiplier=patience.first, max=patience.longest),
         retry=tenacity.retry_if_exception(passing),
+        before_sleep=lambda state: log.info("%s %s: try %d: %s", operation, redacted(name), *_failed(state)),
         reraise=True,
     )
     try:
@@ -98,6 +101,11 @@ def patiently(operation: str, name: str, call: Callable[[], T]) -> T:
     except Exception as error:
         times = retrying.statistics.get("attempt_number", 1)
         raise _told(operation, name, error, f" (tried {times} times)" if times > 1 else "") from _shown(error)
+
+
+def _failed(state: tenacity.RetryCallState) -> tuple[int, str]:
+    error = state.outcome.exception() if state.outcome else None
+    return state.attempt_number, f"{type(error).__name__}: {redacted(error)}"
 
 
 def _told(operation: str, name: str, error: BaseException, tried: str = "") -> StoreError:

@@ -145,7 +145,15 @@ class Bucket:
             return False
         send = self._upload if len(data) >= MULTIPART else self._put
         condition = {"IfNoneMatch": "*"} if conditional else {}
-        won = _again("writing", self._at(path), send, path, data, mine, condition)
+        try:
+            won = _again("writing", self._at(path), send, path, data, mine, condition)
+        except StoreError:
+            # Every answer may have been lost, or another have won meanwhile: one look more.
+            with suppress(Exception):
+                there = self._s3("head_object", path)
+                if there["ContentLength"] == len(data) or there["Metadata"]["writer"] != mine:
+                    return bool(there["Metadata"]["writer"] == mine)
+            raise
         return won if conditional else bool(self._is_mine(path, data, mine, True))
 
     def put(self, path: str, data: bytes) -> None:

@@ -83,13 +83,18 @@ class FaultyS3:
     ) -> None:
         where = urlsplit(upstream)
         self.upstream = (where.hostname or "", where.port or 80)
-        self.rules, self.chance = list(rules), chance
-        self.dropped = {name.lower() for name in drop_headers} | {"connection", "expect"}
-        self.seen: list[tuple[str, str]] = []
-        self.injected: Counter[str] = Counter()
-        self.condition = threading.Lock()
-        self._random, self._lock = random.Random(seed), threading.Lock()
-        self._matched: Counter[int] = Counter()
+        self.condition, self._lock = threading.Lock(), threading.Lock()
+        self.obey(*rules, chance=chance, seed=seed, drop_headers=drop_headers)
+
+    def obey(self, *rules: Fault, chance: float = 0.0, seed: int = 0, drop_headers: Sequence[str] = ()) -> FaultyS3:
+        """Forget what was and follow these rules from now on."""
+        with self._lock:
+            self.rules, self.chance = rules, chance
+            self.dropped = {name.lower() for name in drop_headers} | {"connection", "expect"}
+            self.seen: list[tuple[str, str]] = []
+            self.injected: Counter[str] = Counter()
+            self._random, self._matched = random.Random(seed), Counter[int]()
+        return self
 
     def __enter__(self) -> str:
         handler = type("Handler", (_Handler,), {"proxy": self})
