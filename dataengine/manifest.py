@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -238,11 +238,17 @@ class Dataset:
 
     def quarantine(self) -> list[Quarantined]:
         """All that was refused, in shard order."""
-        return [
-            Quarantined(**json.loads(line))
-            for name in self.store.files("quarantine")
-            for line in self.store.read(f"quarantine/{name}").decode().splitlines()
-        ]
+        return [Quarantined(**json.loads(line)) for lines in self._quarantine() for line in lines]
+
+    def num_quarantined(self) -> int:
+        """How much was refused."""
+        return sum(len(lines) for lines in self._quarantine())
+
+    def _quarantine(self) -> Iterator[list[str]]:
+        """The lines of each shard that refused anything."""
+        paths = [f"quarantine/{name}" for name in self.store.files("quarantine")]
+        for _, data in self.store.read_many(paths):
+            yield (data or b"").decode().splitlines()
 
 
 def ingested_first(modalities: Iterable[str]) -> list[str]:

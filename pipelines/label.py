@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataengine import plugins
+from dataengine import plugins, versions
 from dataengine.groups import Group
+from dataengine.index import Index
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.plan import LabelPlan, plan_labels
+from dataengine.versions import Versioned
 from pipelines import config
-from pipelines.pack import CELL, is_random
+from pipelines.pack import CELL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,15 @@ def plan(
 ) -> LabelPlan:
     """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
     run = run_of(recipe)
+    settings, reads = _reads(settings)
     candidates = [*_set(run.labelers, settings), *default_labelers()]
     wanted = list(modalities) or [m for labeler in run.labelers for m in labeler.emits]
     if not wanted:
         raise ValueError("name the modalities to label, or a recipe with labelers")
+    for m in reads:
+        if m not in wanted:
+            raise ValueError(f"{m} is told what to read, and is not among the modalities to label: {', '.join(wanted)}")
+    candidates = versions.offered(candidates, wanted, reads)
     offered = {m for labeler in candidates for m in labeler.emits}
     for m in wanted:
         if m not in offered and m not in dataset.plan.ingested:
@@ -56,13 +64,14 @@ def plan(
     stray = [m for m in replace if isinstance(m, str) and m not in wanted]
     if stray:
         raise ValueError(f"--replace {', '.join(stray)}: not among the modalities to label, {', '.join(wanted)}")
-    meaningful = _meaningful(dataset, wanted, candidates)
-    return plan_labels(dataset, wanted, [labeler.adapted(meaningful) for labeler in candidates], replace)
+    index = Index.open(dataset.store)
+    meaningful = _meaningful(index, wanted, candidates)
+    return plan_labels(dataset, wanted, [labeler.adapted(meaningful) for labeler in candidates], replace, index)
 
 
-def _meaningful(dataset: Dataset, wanted: Sequence[str], candidates: Sequence[Labeler]) -> set[str]:
+def _meaningful(index: Index, wanted: Sequence[str], candidates: Sequence[Labeler]) -> set[str]:
     """The modalities that exist or will, without those of random weights: an optional input must mean something."""
-    there = {m for m in dataset.modalities() if m != CELL and not is_random(dataset, m)}
+    there = {m for m in index.modalities() if m != CELL and not index.totals(m).random}
     for m in wanted:
         maker = next((c for c in candidates if m in c.emits), None)
         if maker is not None and not maker.random:
@@ -80,8 +89,28 @@ def _set(labelers: Sequence[Labeler], settings: Sequence[str]) -> list[Labeler]:
             if name not in known:
                 raise ValueError(f"unknown labeler {name!r}{plugins.nearest(name, known)} in {setting!r}")
             out.append(plugins.load("labelers", name, Labeler)())
-        out = [config.override(labeler, [rest]) if labeler.name == name else labeler for labeler in out]
+        out = [_override(labeler, rest) if labeler.name == name else labeler for labeler in out]
     return out
+
+
+def _override(labeler: Labeler, assignment: str) -> Labeler:
+    if isinstance(labeler, Versioned):
+        return dataclasses.replace(labeler, inner=_override(labeler.inner, assignment))
+    return config.override(labeler, [assignment])
+
+
+def _reads(settings: Sequence[str]) -> tuple[list[str], dict[str, tuple[tuple[str, str], ...]]]:
+    """Settings of labelers, and of versions of columns: `sam_edge@v2.sam_instance=sam_instance@v2`, what one reads."""
+    of_labelers: list[str] = []
+    reads: dict[str, tuple[tuple[str, str], ...]] = {}
+    for setting in settings:
+        left, _, column = setting.partition("=")
+        if "@" in left:
+            version, _, name = left.rpartition(".")
+            reads[version] = (*reads.get(version, ()), (name, column))
+        else:
+            of_labelers.append(setting)
+    return of_labelers, reads
 
 
 def replace(dataset: Dataset, modalities: Sequence[str]) -> int:

@@ -44,14 +44,18 @@ class Pack:
 def prepare(dataset: Dataset, text_tokenizer: str, pixels: int) -> tuple[Pack, list[Task]]:
     """What there is to pack: every complete, meaningful token and text column of the dataset, by shard.
 
-    Columns that come from random weights are left out: nothing is trained on them.
+    Columns that come from random weights are left out: nothing is trained on them. So are versions (`depth@v2`): a
+    model reads one column of a modality; `dataengine rename` says which.
     """
     digest = hashlib.sha256(Path(text_tokenizer).read_bytes()).hexdigest()
     ingested = set(dataset.committed("rgb"))
     names = [
         m
         for m in dataset.modalities()
-        if set(dataset.committed(m)) >= ingested and not is_random(dataset, m) and m != CELL
+        if set(dataset.committed(m)) >= ingested
+        and not is_random(dataset, m)
+        and m != CELL
+        and not modalities.split(m)[1]
     ]
     columns = [c for m in names for c in _columns(dataset, m, digest, text_tokenizer, pixels)]
     tasks = []

@@ -14,6 +14,7 @@ from dataengine import modalities, weights
 from dataengine.geometry import crops_of
 from dataengine.labeler import Labeler, Loaded
 from dataengine.sample import Sample
+from dataengine.versions import Versioned
 from dataengine.weights import Weights
 
 
@@ -83,16 +84,22 @@ def tokenizers_in(folder: str | Path) -> dict[str, Path]:
     return found
 
 
-def labelers(folder: str | Path, wanted: Sequence[str]) -> list[Tokenize]:
-    """The tokenizers of a folder for the wanted modalities (`depth`, `tok_depth@64`), all when none is named."""
+def labelers(folder: str | Path, wanted: Sequence[str]) -> list[Labeler]:
+    """The tokenizers of a folder for the wanted modalities (`depth`, `tok_depth@64`), all when none is named.
+
+    A version is tokenised to a version of the tokens: `depth@v2` to `tok_depth@64@v2`.
+    """
     from model.tokenizers.vqvae import VQVAE
 
     found = tokenizers_in(folder)
-    names = [w.removeprefix("tok_").split("@")[0] for w in wanted] or list(found)
-    out = []
-    for name in names:
+    out: list[Labeler] = []
+    for column in wanted or list(found):
+        modality, version = modalities.split(column.removeprefix("tok_"))
+        name = modality.split("@")[0]
         if name not in found:
             raise ValueError(f"no tokenizer for {name!r} in {folder}; it holds: {', '.join(found)}")
         side = VQVAE.load(found[name]).config.image_size
-        out.append(Tokenize(modality=name, checkpoint=str(found[name]), side=side))
+        tokenizer = Tokenize(modality=name, checkpoint=str(found[name]), side=side)
+        reads = ((name, f"{name}@{version}"),)
+        out.append(Versioned(inner=tokenizer, column_version=version, reads=reads) if version else tokenizer)
     return out

@@ -96,21 +96,38 @@ class TextLike(Modality):
         """The value that a text (perhaps written by a model) says, and what in it broke the grammar, in words."""
 
 
-_NAME = re.compile(r"(?P<stem>[A-Za-z0-9_-]+?)(@(?P<resolution>\d+))?")
+_NAME = re.compile(r"(?P<stem>[A-Za-z0-9_-]+?)(@(?P<resolution>\d+))?(@(?P<version>[A-Za-z][A-Za-z0-9_-]*))?")
+
+
+def split(column: str) -> tuple[str, str]:
+    """The modality of a column and its version: `depth@v2` is ("depth", "v2"), `tok_depth@224` ("tok_depth@224", "").
+
+    A version begins with a letter, a resolution is a number. ValueError when it is no name of a column.
+    """
+    match = _NAME.fullmatch(column)
+    if match is None:
+        raise ValueError(
+            f"modality {column!r}: expected letters, digits, '_' or '-', perhaps @RESOLUTION (a number), and perhaps "
+            "@VERSION (which begins with a letter)"
+        )
+    version = match["version"] or ""
+    return (column.removesuffix(f"@{version}") if version else column), version
 
 
 @functools.lru_cache(maxsize=256)
 def load(name: str) -> Modality:
-    """The modality of an on-disk name: `depth`, `CLIP-B16`, `tok_depth@224`; ValueError names the nearest known one."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"modality {name!r}: expected letters, digits, '_' or '-', and perhaps @RESOLUTION")
-    stem = match["stem"]
+    """The modality of an on-disk name: `depth`, `CLIP-B16`, `tok_depth@224`, `depth@v2`.
+
+    ValueError names the nearest known one. A version has the modality's codec under its own name.
+    """
+    modality, version = split(name)
+    stem = modality.partition("@")[0]
     file = "tok" if stem.startswith("tok_") else stem.lower().replace("-", "_")
     kind: type[Modality] = plugins.load(__name__, file, Modality)
-    if file == "tok":
-        return kind(name)
-    return kind(kind.spelling or stem)
+    codec = kind(modality if file == "tok" else kind.spelling or stem)
+    if version:
+        codec.name += f"@{version}"
+    return codec
 
 
 def names() -> list[str]:
