@@ -266,7 +266,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    from pipelines import columns, commands  # noqa: F401  the other commands register themselves
+    from pipelines import columns, commands, watch  # noqa: F401  the other commands register themselves
 
     app()
 

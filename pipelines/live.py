@@ -136,7 +136,9 @@ class RunState:
         worker = self.workers.get(event.worker)
         if worker is None:
             self.workers_joined += 1
-            self._of(event).workers += 1
+            stage = self._of(event)
+            stage.workers += 1
+            stage.began = event.time if stage.began is None else stage.began
             self.workers[event.worker] = WorkerState(event.stage, event.node, event.time)
         else:
             self._move(worker, event.stage, event.time - seconds)
@@ -191,10 +193,16 @@ class RunState:
         new = event.rows is None and event.shard not in stage.done
         seconds = stage.end_attempt(event, self.workers.get(event.worker))
         stage.report(event, cells, seconds)
+        self._close(stage, event.time)
         for text in values.get("notes", ()):
             self.note(event.time, f"{stage.name}, shard {event.shard}: {text}")
         for cell in cells if new else ():
             self._cell(stage, cell, event.shard or 0)
+
+    def _close(self, stage: StageState, time: float) -> None:
+        if stage.finished and stage.active_seconds is None:
+            idle = sum(max(0.0, time - w.mark) for w in self.workers.values() if w.stage == stage.name)
+            stage.active_seconds = stage.worker_seconds + idle
 
     def _cell(self, stage: StageState, cell: Mapping[str, Any], shard: int) -> None:
         column = self.modalities.setdefault(str(cell["modality"]), ModalityState())
@@ -229,6 +237,7 @@ class RunState:
         stage = self._of(event)
         stage.lost_seconds += stage.end_attempt(event, self.workers.get(event.worker))
         stage.give_up(event)
+        self._close(stage, event.time)
         self.note(event.time, f"{stage.name}, shard {event.shard} was given up: {event.values.get('cause', '')}")
 
     def _usage(self, event: Event) -> None:

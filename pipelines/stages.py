@@ -78,9 +78,12 @@ class StageState:
 
     workers: int = 0
     began: float | None = None
+    """When its first worker was up."""
     last: float = 0.0
     spent: Counter[str] = field(default_factory=Counter)
     start_seconds: float = 0.0
+    active_seconds: float | None = None
+    """Seconds of workers that had started, up to the end of the last task; None before it."""
     worker_seconds: float = 0.0
     """Seconds of workers that had started, up to their last report or end; without the time they took to start."""
     task_seconds: float = 0.0
@@ -208,7 +211,7 @@ class StageState:
         return images / span, rows / span, int(reports)
 
     def overall(self, now: float) -> float:
-        """Images a second since its first task began, up to now or, once it is finished, its last report."""
+        """Images a second since its first worker was up, until now or, once it is finished, its last report."""
         if self.began is None:
             return 0.0
         return self.images / max((self.last if self.finished else now) - self.began, 1e-3)

@@ -68,7 +68,7 @@ def _head(s: Mapping[str, Any], silent: float, width: int) -> Iterable[Any]:
         if s["eta"] and width >= WIDE:
             when += f" (till {_clock(s['time'] + s['eta'], s['time'])})"
     progress = ProgressBar(total=1.0, completed=s["progress"], complete_style="cyan", finished_style="green")
-    bar.add_row(progress, Text(f"{_percent(s['progress'])}{when}{money}"))
+    bar.add_row(progress, Text(f"{percent(s['progress'])}{when}{money}"))
     yield bar
 
 
@@ -84,22 +84,22 @@ def _stages(stages: Iterable[Mapping[str, Any]], wide: bool) -> Table:
     for s in stages:
         tasks = s["tasks"]
         over = tasks["waiting"] + tasks["running"] == 0
-        rate = s["images_per_second_overall"] if over else s["images_per_second"]
+        pace = s["images_per_second_overall"] if over else s["images_per_second"]
         left = "over" if tasks["failed"] else "done"
         if not over:
             left = "waits" if s["eta"] is None and not s["workers"] else duration(s["eta"])
         found.add_row(
             _cut(Text(s["stage"])),
-            _number(tasks["waiting"]),
-            _number(tasks["running"], "cyan"),
-            _number(tasks["done"], "green" if over and not tasks["failed"] else ""),
-            _number(tasks["failed"], "bold red"),
-            Text(_rate(rate), style="dim" if over or not rate else "bold"),
+            number(tasks["waiting"]),
+            number(tasks["running"], "cyan"),
+            number(tasks["done"], "green" if over and not tasks["failed"] else ""),
+            number(tasks["failed"], "bold red"),
+            Text(rate(pace), style="dim" if over or not pace else "bold"),
             Text(left, style="dim" if over or left in ("waits", "-") else ""),
-            _number(s["workers"]),
-            Text(_percent(s["device_busy"])),
-            _number(s["failed_labels"], "yellow"),
-            _number(sum(s["attempts_lost"].values()), "yellow"),
+            number(s["workers"]),
+            Text(percent(s["device_busy"])),
+            number(s["failed_labels"], "yellow"),
+            number(sum(s["attempts_lost"].values()), "yellow"),
         )
     return found
 
@@ -130,7 +130,7 @@ def _nodes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     nodes = s["nodes"]
     name = max((len(_short(n["node"])) for n in nodes[:MAX_NODES]), default=0)
     for i, n in enumerate(nodes[:MAX_NODES]):
-        text = Text(f"{_short(n['node']):<{name}}  {n['workers']:>3} workers   cpu {_percent(n['cpu']):>5}")
+        text = Text(f"{_short(n['node']):<{name}}  {n['workers']:>3} workers   cpu {percent(n['cpu']):>5}")
         if n["draining"]:
             text.append(f"   ending {_clock(n['draining'], s['time'])}", style="yellow")
         if n["gpus"]:
@@ -140,9 +140,9 @@ def _nodes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
         yield ("nodes" if i == 0 else "", text)
     if rest := nodes[MAX_NODES:]:
         gpus = [g for n in rest for g in n["gpus"]]
-        busy = f", gpu {_percent(sum(gpus) / len(gpus))}" if gpus else ""
+        busy = f", gpu {percent(sum(gpus) / len(gpus))}" if gpus else ""
         cpus = [n["cpu"] for n in rest if n["cpu"] is not None]
-        busy = (f", cpu {_percent(sum(cpus) / len(cpus))}" if cpus else "") + busy
+        busy = (f", cpu {percent(sum(cpus) / len(cpus))}" if cpus else "") + busy
         yield "", Text(f"and {len(rest)} more: {sum(n['workers'] for n in rest)} workers{busy}", style="dim")
     if s["nodes_lost"]:
         yield "nodes lost", Text(", ".join(f"{n:,} x {c}" for c, n in s["nodes_lost"].items()), style="yellow")
@@ -161,9 +161,9 @@ def _notes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
 def plain(s: Mapping[str, Any], silent: float = 0.0) -> str:
     """The run in one line, for logs and pipes."""
     tasks, total = s["tasks"], sum(s["tasks"].values())
-    parts = [f"{s.get('what') or 'run'} {_percent(s['progress'])}", f"{tasks['done']}/{total} tasks"]
+    parts = [f"{s.get('what') or 'run'} {percent(s['progress'])}", f"{tasks['done']}/{total} tasks"]
     moving = [x for x in s["stages"] if x["images_per_second"]]
-    parts += [f"{x['stage']} {_rate(x['images_per_second'])} images/s" for x in moving[:3]]
+    parts += [f"{x['stage']} {rate(x['images_per_second'])} images/s" for x in moving[:3]]
     for name, n in (
         ("running", tasks["running"]),
         ("failed", tasks["failed"]),
@@ -198,15 +198,16 @@ def _clock(at: float, now: float) -> str:
     return time.strftime("%H:%M" if abs(at - now) < 86400 else "%d %b %H:%M", time.localtime(at))
 
 
-def _percent(share: float | None) -> str:
-    # Never "100 %" of something that is not complete.
+def percent(share: float | None) -> str:
+    """A share in whole percent, rounded down: "100 %" is said only of what is complete; a dash for None."""
     return "-" if share is None else f"{int(100 * share + 1e-9)} %"
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+def rate(per_second: float) -> str:
+    """A rate, with a decimal where it matters."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
 
 
-def _number(n: int, style: str = "") -> Text:
+def number(n: int, style: str = "") -> Text:
     """A count; a zero stays in the background."""
     return Text(f"{n:,}", style=style) if n else Text("0", style="dim")

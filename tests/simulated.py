@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -50,6 +51,18 @@ def declared(stage: str, tasks: int, **values: Any) -> Event:
     """The event of a stage with one labeler and one modality, both of its name."""
     values = {"labelers": [stage], "modalities": [stage], "num_cpus": 1.0, "num_gpus": 0.0, **values}
     return Event(T0, "stage", stage, values={"tasks": tasks, "rows": tasks * ROWS, **values})
+
+
+def steady(workers: int = 4, tasks: int = 40, seconds: float = 20.0, rounds: int = 5) -> list[Event]:
+    """Workers that all take `seconds` for a shard of 100 rows and never pause, seen after `rounds` shards each."""
+    log = [Event(T0, "run", values={"what": "label"}), declared("depth", tasks, num_gpus=0.5, num_cpus=2.0)]
+    names = [f"w{i}" for i in range(workers)]
+    log += [Event(T0 + 10, "worker-up", "depth", w, "n0", values={"seconds": 10.0}) for w in names]
+    for k, (i, w) in itertools.product(range(rounds), enumerate(names)):
+        at, shard = T0 + 10 + k * seconds, k * workers + i
+        log.append(Event(at, "start", "depth", w, "n0", shard))
+        log.append(reported(at + seconds, "depth", w, report(shard, "depth", "depth", seconds)))
+    return sorted(log, key=lambda e: e.time)
 
 
 def simulate(seed: int, stages: tuple[str, ...] = ("depth", "edges"), tasks: int = 12) -> tuple[list[Event], Truth]:
