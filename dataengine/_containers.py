@@ -38,6 +38,8 @@ class Jpeg:
     """The frame marker: 0xC0 and 0xC1 are sequential, 0xC2 is progressive."""
     exif: bytes | None
     bare: bytes
+    num_scans: int
+    """How often the decoder goes over the whole image: once, or some ten times for a progressive one."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_jpeg(data: bytes) -> Jpeg:
     frame: bytes | None = None
     process = 0
     exif = None
-    kept = [data[:2]]
+    kept = bytearray(data[:2])
     position = 2
     while True:
         # Like libjpeg: anything before the next marker is skipped, and a marker may be padded with 0xFF.
@@ -83,15 +85,17 @@ def read_jpeg(data: bytes) -> Jpeg:
         if marker in _FRAMES and frame is None:
             frame, process = body, marker
         if marker == _START_OF_SCAN:
-            kept.append(data[position:])
+            scans = position
+            kept += data[position:]
             break
         if marker not in _METADATA:
-            kept.append(data[position:end])
+            kept += data[position:end]
         position = end
     if frame is None or len(frame) < 6:
         raise ValueError("JPEG without a frame header")
     precision, height, width, components = struct.unpack_from(">BHHB", frame)
-    return Jpeg((width, height), precision, components, process, exif, b"".join(kept))
+    # Within the data of a scan 0xFF is followed by zero or a restart, so that every other marker is one.
+    return Jpeg((width, height), precision, components, process, exif, bytes(kept), data.count(b"\xff\xda", scans))
 
 
 def png_size(data: bytes) -> tuple[int, int]:
@@ -110,29 +114,27 @@ def read_png(data: bytes) -> Png:
     A 16-bit transparent colour is left out of `bare`: with the low bytes dropped it would also name other colours.
     """
     depth, colour = data[24], data[25]
-    chunks = list(_png_chunks(data))
-    found = {kind: body for kind, body, _ in chunks}
-    kept = [raw for kind, _, raw in chunks if kind in _PIXEL_CHUNKS and not (kind == b"tRNS" and depth == 16)]
-    return Png(
-        depth=depth,
-        colour=colour,
-        exif=found.get(b"eXIf"),
-        animated=b"acTL" in found,
-        transparent=b"tRNS" in found,
-        bare=PNG_SIGNATURE + b"".join(kept),
-    )
+    kept = bytearray(PNG_SIGNATURE)
+    exif, found = None, set()
+    for kind, start, end in _png_chunks(data):
+        if kind == b"eXIf":
+            exif = data[start + 8 : end - 4]
+        if kind in (b"acTL", b"tRNS"):
+            found.add(kind)
+        if kind in _PIXEL_CHUNKS and not (kind == b"tRNS" and depth == 16):
+            kept += data[start:end]
+    return Png(depth, colour, exif, animated=b"acTL" in found, transparent=b"tRNS" in found, bare=bytes(kept))
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(type, body, whole chunk) up to and including the end chunk."""
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(type, first byte, end) of each chunk up to and including the end chunk, never more than one in memory."""
     position = len(PNG_SIGNATURE)
     while position + 12 <= len(data):
-        length = int.from_bytes(data[position : position + 4], "big")
-        end = position + 12 + length
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         if end > len(data):
             break
         kind = data[position + 4 : position + 8]
-        yield kind, data[position + 8 : end - 4], data[position:end]
+        yield kind, position, end
         if kind == b"IEND":
             return
         position = end

@@ -26,6 +26,11 @@ from dataengine import _containers
 JPEG_QUALITY = 95
 PNG_LEVEL = 3
 
+MAX_SCANS = 100
+"""Scans of a JPEG: each goes over the whole image, encoders make about ten, and a file may have thousands."""
+
+_TILE_SIDES = (322, 323)  # TIFF 6.0, TileWidth and TileLength, in pixels
+
 # What each EXIF orientation asks for (EXIF 2.32, 4.6.4): how the stored rows and columns become upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
@@ -201,6 +206,7 @@ def _open(kind: str, data: bytes, limits: Limits) -> _Opened:
     lossy = kind == "avif" or (kind == "webp" and _containers.webp_is_lossy(data))
     opened = _Opened(picture, lossy)
     if isinstance(picture, TiffImageFile):
+        _gate_tiles(picture, limits)
         _note_tiff(opened, picture)
     if kind in ("webp", "avif", "jpeg2000"):
         _note_orientation(opened, picture.info.get("exif"))
@@ -210,6 +216,8 @@ def _open(kind: str, data: bytes, limits: Limits) -> _Opened:
 def _open_jpeg(data: bytes, limits: Limits) -> _Opened:
     header = _containers.read_jpeg(data)
     _gate(header.size, limits)
+    if header.num_scans > MAX_SCANS:
+        raise Refused("too-many-scans", f"{header.num_scans} scans, at most {MAX_SCANS} are allowed")
     if header.precision != 8:
         raise Refused("unsupported", f"JPEG of {header.precision} bits a channel")
     opened = _Opened(JpegImageFile(io.BytesIO(header.bare)), lossy=True)
@@ -241,6 +249,13 @@ def _note_orientation(opened: _Opened, exif: bytes | None) -> None:
     opened.orientation, sound = _containers.exif_orientation(exif)
     if not sound:
         opened.notes.append("exif-broken")
+
+
+def _gate_tiles(picture: TiffImageFile, limits: Limits) -> None:
+    """A tile is decoded whole, however small the image that it covers."""
+    sides = [picture.tag_v2.get(tag, 0) for tag in _TILE_SIDES]
+    if not all(isinstance(side, int) for side in sides) or sides[0] * sides[1] > limits.max_pixels:
+        raise Refused("too-many-pixels", f"tiles of {sides[0]} x {sides[1]} pixels, at most {limits.max_pixels}")
 
 
 def _note_tiff(opened: _Opened, picture: TiffImageFile) -> None:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import struct
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from dataengine import _containers
 
 # Run-length matching: on depth, ids and edges it is as small as zlib's default search and two to five times as fast.
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
 _PIECE = 32768  # values
-_MAGIC = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 2 * 89_478_485
+"""Width x height of an image that is read back: twice what ingest takes unless told otherwise, as for Pillow."""
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def encode_png(values: np.ndarray) -> bytes:
@@ -28,10 +37,12 @@ def encode_png(values: np.ndarray) -> bytes:
 
 def decode_png(data: bytes, dtype: type[np.generic], channels: int | None = None) -> np.ndarray:
     """The values of a PNG: (h, w), or RGB (h, w, channels); ValueError when it is damaged or of another kind."""
-    if not data.startswith(_MAGIC):
-        raise ValueError(f"expected a PNG, got {data[:8]!r}")
     try:
-        values = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+        # Without metadata: whatever a text chunk or a colour profile would make a decoder do, it is not given any.
+        bare = _png_pixels(data)
+        values = cv2.imdecode(np.frombuffer(bare, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    except EOFError as error:
+        raise ValueError(f"no readable PNG: {error}") from error
     except cv2.error as error:
         raise ValueError(f"no readable PNG: {error}") from error
     if values is None:
@@ -69,13 +80,33 @@ def encode_jpeg(rgb: np.ndarray) -> bytes:
 def decode_rgb(data: bytes) -> np.ndarray:
     """RGB uint8 (h, w, 3) of a JPEG or PNG as its pixels lie there: an EXIF orientation is not applied.
 
-    By Pillow, as ingest does: another JPEG decoder gives other pixels in the last bit.
+    By Pillow, as ingest does: another JPEG decoder gives other pixels in the last bit. And without metadata, as
+    ingest does: what it has taken in must decode, whatever is written beside the pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+        if data.startswith(b"\xff\xd8\xff"):
+            header = _containers.read_jpeg(data)
+            _hold_to_limit(header.size)
+            picture: ImageFile.ImageFile = JpegImageFile(io.BytesIO(header.bare))
+        else:
+            picture = PngImageFile(io.BytesIO(_png_pixels(data)))
+        with picture:
             return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:
         raise ValueError(f"no readable image in {len(data)} bytes that begin {data[:8]!r}: {error}") from error
+
+
+def _png_pixels(data: bytes) -> bytes:
+    """A PNG without metadata; ValueError when it is none or is too large, EOFError when it is cut."""
+    if not data.startswith(_containers.PNG_SIGNATURE):
+        raise ValueError(f"expected a PNG, got {data[:8]!r}")
+    _hold_to_limit(_containers.png_size(data))
+    return _containers.read_png(data).bare
+
+
+def _hold_to_limit(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def encode_npy(values: np.ndarray) -> bytes:
@@ -86,12 +117,25 @@ def encode_npy(values: np.ndarray) -> bytes:
 
 
 def decode_npy(data: bytes) -> np.ndarray:
-    """The array of a NumPy file; ValueError when it is damaged or holds Python objects."""
+    """The array of a NumPy file; ValueError when it is damaged, holds Python objects or is not as long as it says.
+
+    Not by read_array, which allocates what the header says before it looks whether that is there.
+    """
+    stream = io.BytesIO(data)
     try:
-        values: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise ValueError(f"no readable .npy: {error}") from error
-    return values
+        version = np.lib.format.read_magic(stream)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"version {version}, expected 1.0 or 2.0")
+        shape, by_columns, dtype = _NPY_HEADERS[version](stream)
+        length = len(data) - stream.tell()
+        if dtype.hasobject:
+            raise ValueError(f"Object arrays cannot be loaded: {dtype}")
+        if not dtype.itemsize or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length:
+            raise ValueError(f"{dtype} {shape!r:.80} in {length} bytes")
+        values = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
+    except Exception as error:  # numpy parses the header as Python: hostile ones raise anything, MemoryError too
+        raise ValueError(f"no readable .npy: {error or type(error).__name__}") from error
+    return values.copy(order="K")
 
 
 def encode_json(value: Any) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,11 @@ from dataengine.corpora import RawSample, Split
 from dataengine.manifest import INGESTED, Commit, Dataset, Plan, Quarantined, tar_path
 from dataengine.shards import Member
 from dataengine.work import CellReport, Report, Task, Work
+
+MAX_SHARD_BYTES = 1 << 34
+"""Bytes of the images of one shard, which is built in memory; an image that would not fit is refused."""
+
+_AHEAD = 8  # encoded images that are read while two are decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +57,10 @@ def prepare(dataset: Dataset, corpus: str, settings: IngestSettings) -> tuple[In
     source = corpora.load(corpus)
     splits = tuple(source.splits(settings.shard_size))
     if not splits:
-        raise ValueError(f"{corpus} holds no images")
+        raise ValueError(f"{corpora.shown(corpus)} holds no images")
     listed = json.dumps([asdict(s) for s in splits]).encode()
     plan = Plan(
-        corpus=corpus,
+        corpus=corpora.shown(corpus),
         num_shards=len(splits),
         num_items=sum(s.stop - s.start for s in splits),
         fingerprint=hashlib.sha256(listed).hexdigest(),
@@ -77,23 +83,38 @@ class _Taken:
 
 def _ingest_shard(dataset: Dataset, corpus: corpora.Corpus, split: Split, plan: Plan, task: Task) -> Report:
     began = time.perf_counter()
-    raws = list(corpus.read(split))
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        results = list(threads.map(lambda raw: _take(raw, plan), raws))
     taken: dict[str, _Taken] = {}
     refused: list[Quarantined] = []
-    for raw, result in zip(raws, results, strict=True):
+    size = 0
+    for key, source, result in _taken(corpus.read(split), plan):
         if isinstance(result, Quarantined):
             refused.append(result)
-        elif raw.key in taken:
-            refused.append(Quarantined(raw.key, raw.source, "ingest", "duplicate-key", "an earlier item has this key"))
+        elif key in taken:
+            refused.append(Quarantined(key, source, "ingest", "duplicate-key", "an earlier item has this key"))
+        elif size + len(result.members["rgb"].data) > MAX_SHARD_BYTES:
+            detail = f"the images before it in the shard have {size} bytes, at most {MAX_SHARD_BYTES} are taken"
+            refused.append(Quarantined(key, source, "ingest", "shard-full", detail))
         else:
-            taken[raw.key] = result
+            taken[key] = result
+            size += len(result.members["rgb"].data)
     dataset.write_quarantine(task.shard, refused)
     # The rgb cell is committed last: while it is missing, the shard is not there for any reader.
     order = [m for m in plan.ingested if m != "rgb"] + ["rgb"]
     cells = [_commit(dataset, plan, split, m, task.shard, taken, len(refused)) for m in order]
     return Report(task.shard, tuple(cells), time.perf_counter() - began, num_refused=len(refused))
+
+
+def _taken(raws: Iterator[RawSample], plan: Plan) -> Iterator[tuple[str, str, _Taken | Quarantined]]:
+    """(key, source, what became of it) of each item in order, with few encoded images in memory that are not taken."""
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        ahead: deque[tuple[str, str, Future[_Taken | Quarantined]]] = deque()
+        for raw in raws:
+            ahead.append((raw.key, raw.source, threads.submit(_take, raw, plan)))
+            if len(ahead) == _AHEAD:
+                key, source, future = ahead.popleft()
+                yield key, source, future.result()
+        for key, source, future in ahead:
+            yield key, source, future.result()
 
 
 def _take(raw: RawSample, plan: Plan) -> _Taken | Quarantined:

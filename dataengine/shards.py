@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from dataengine import _tars
+
 
 @dataclass(frozen=True)
 class Member:
@@ -35,14 +37,17 @@ def build_tar(members: Iterable[Member]) -> bytes:
 
 
 def read_tar(data: bytes) -> Iterator[Member]:
-    """The members of a tar in their order; tarfile.ReadError when it is cut or damaged."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for info in tar:
-            key, _, suffix = info.name.partition(".")
-            content = tar.extractfile(info)
-            if content is None:
-                raise tarfile.ReadError(f"{info.name} is not a regular file")
-            yield Member(key, suffix, content.read())
+    """The members of a tar in their order; ValueError when it is cut or damaged, or one is no regular file.
+
+    Folders are passed over. Nothing is written or followed by a member's name.
+    """
+    for header in _tars.in_memory(data):
+        if header.kind == "folder":
+            continue
+        if header.kind != "file":
+            raise _tars.DamagedTar(f"{header.name!r} is a {header.kind}, expected a regular file")
+        key, _, suffix = header.name.partition(".")
+        yield Member(key, suffix, data[header.offset : header.offset + header.size])
 
 
 def sha256(data: bytes) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dataengine.manifest import Conflict, NotADataset
+from dataengine.storage import redacted
 from pipelines.running import Runner, TooManyBad, console
 
 EXIT_CODES = """
@@ -64,7 +65,7 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(error: Exception, code: int) -> None:
-    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    console.print(f"error: {redacted(error)}", style="red", markup=False, highlight=False)
     raise typer.Exit(code)
 
 

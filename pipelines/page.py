@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from dataengine.modalities import Picture
+from pipelines.visible import visible
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def render(page: Page, *, thumb: int | None = None) -> str:
         style=Markup(_asset("page.css")),
         script=Markup(script),
         # The page's own script is the only one the browser may run, even if an escape were ever forgotten.
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'",
     )
     return html.strip() + "\n"
 
@@ -151,7 +153,19 @@ def _asset(name: str) -> str:
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(
+        loader=loader,
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """What is put into the page: escaping keeps text from being markup, this keeps it from turning the page around."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _blocks(sections: Sequence[Section], side: int) -> Iterator[dict[str, Any]]:

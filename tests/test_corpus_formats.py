@@ -16,7 +16,7 @@ import pytest
 import tenacity
 
 from dataengine import corpora
-from dataengine.corpora import Corpus, RawSample, _items
+from dataengine.corpora import Corpus, RawSample, _reach
 from dataengine.keys import is_key
 from tests import nasty
 
@@ -292,10 +292,10 @@ def server() -> Iterator[str]:
 def test_parquet_fetches_when_asked_and_tries_again(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_items, "WAIT", tenacity.wait_none())
+    monkeypatch.setattr(_reach, "WAIT", tenacity.wait_none())
     urls = [f"{server}/{name}.jpg" for name in ("a", "flaky", "gone", "b")]
     table(tmp_path / "urls.parquet", [{"url": u, "caption": u[-5:]} for u in urls])
-    found = read(corpora.load(f"parquet:{tmp_path}?fetch=yes"))
+    found = read(corpora.load(f"parquet:{tmp_path}?fetch=any"))
     assert [r.image for r in found] == [b"/a.jpg", b"/flaky.jpg", b"", b"/b.jpg"]
     assert "FileNotFoundError" in (found[2].error or "")
 
@@ -316,7 +316,7 @@ def test_hf_dataset_dict_columns_and_errors(tmp_path: Path) -> None:
         ("set--test--000000001", b"2", ()),
         ("set--test--000000002", b"3", ("z",)),
     ]
-    found = read(corpora.load(f"hf:{tmp_path}/set?split=test&image=path"))
+    found = read(corpora.load(f"hf:{tmp_path}/set?split=test&image=path&files={tmp_path}"))
     assert [r.error is None for r in found] == [True, False, False]
     with pytest.raises(ValueError, match="no split 'train'; known: test"):
         corpora.load(f"hf:{tmp_path}/set").splits(2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dataengine import plugins
+from dataengine.storage import redacted
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,15 @@ def load(spec: str) -> Corpus:
     """The corpus of a `format:location` string such as `folder:photos/` or `scenes:1000?size=64`."""
     name, colon, location = spec.partition(":")
     if not colon:
-        raise ValueError(
-            f"corpus {spec!r}: expected FORMAT:LOCATION, with a format of {', '.join(plugins.names(__name__))}"
-        )
+        known = ", ".join(plugins.names(__name__))
+        raise ValueError(f"corpus {redacted(spec)!r}: expected FORMAT:LOCATION, with a format of {known}")
     kind: type[Corpus] = plugins.load(__name__, name, Corpus)
     return kind(location)
+
+
+def shown(spec: str) -> str:
+    """A corpus as plans, records and messages name it: without user, password and signatures; its options stay."""
+    options = re.search(r"\?\w+=[^?]*$", spec)
+    if options is None:
+        return redacted(spec)
+    return redacted(spec[: options.start()]) + (redacted(options[0]) if "://" in options[0] else options[0])

@@ -7,18 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tenacity
-
-from dataengine import storage
-from dataengine.corpora import RawSample
+from dataengine.corpora import RawSample, _reach
+from dataengine.corpora._reach import Reach
+from dataengine.storage import redacted
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic"),
 )
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "TEXT", "alt_text", "sentences")
-_ATTEMPTS = 4
-WAIT = tenacity.wait_random_exponential(max=30)  # seconds between attempts
 
 
 def captions(value: Any) -> tuple[str, ...]:
@@ -39,7 +36,10 @@ def captions(value: Any) -> tuple[str, ...]:
 
 def json_captions(data: bytes) -> tuple[str, ...]:
     """The captions of a JSON file."""
-    return captions(json.loads(data.decode("utf-8-sig")))
+    try:
+        return captions(json.loads(data.decode("utf-8-sig")))
+    except RecursionError as error:
+        raise ValueError("JSON nested too deep") from error
 
 
 def attempt(key: str, source: str, load: Callable[[], tuple[bytes, tuple[str, ...]]]) -> RawSample:
@@ -47,44 +47,21 @@ def attempt(key: str, source: str, load: Callable[[], tuple[bytes, tuple[str, ..
     try:
         image, texts = load()
     except (OSError, ValueError, EOFError) as error:
-        return RawSample(key, source, error=f"{type(error).__name__}: {error}")
+        return RawSample(key, source, error=redacted(f"{type(error).__name__}: {error}"))
     return RawSample(key, source, image, texts)
 
 
-def image_bytes(cell: Any, beside: str, fetch: bool) -> bytes:
-    """The encoded image of a table's cell: bytes, a path relative to the folder `beside`, a URL, or {bytes, path}.
+def image_bytes(cell: Any, reach: Reach) -> bytes:
+    """The encoded image of a table's cell: bytes, a path or a URL that the corpus may reach, or {bytes, path}.
 
-    http is asked only when `fetch`, some times over: a table of ten million links is not to start a download unawares.
+    The web is asked only when the user said so: a table of ten million links is not to start a download unawares.
     """
     if isinstance(cell, Mapping):
         found = cell.get("bytes")
-        return image_bytes(cell.get("path") if found is None else found, beside, fetch)
+        return image_bytes(cell.get("path") if found is None else found, reach)
     if isinstance(cell, (bytes, bytearray, memoryview)):
+        _reach.hold_to_limit(len(cell))
         return bytes(cell)
     if not isinstance(cell, str) or not cell:
         raise ValueError(f"image: expected bytes, a path, a URL or an object of bytes and path, got {cell!r:.60}")
-    if cell.startswith(("http://", "https://")):
-        if not fetch:
-            raise ValueError(f"{cell} is not fetched unless the corpus has the option ?fetch=yes")
-        return _fetch(cell)
-    absolute = "://" in cell or cell.startswith("/")
-    return _whole(cell if absolute else f"{beside}/{cell}")
-
-
-def _whole(url: str) -> bytes:
-    fs, path = storage.split_url(url)
-    data: bytes = fs.cat_file(path)
-    return data
-
-
-def _fetch(url: str) -> bytes:
-    again = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(_ATTEMPTS),
-        wait=WAIT,
-        retry=tenacity.retry_if_not_exception_type((FileNotFoundError, ValueError)),
-        reraise=True,
-    )
-    try:
-        return again(_whole, url)
-    except Exception as error:  # whatever the network library raises, it says that this item is out of reach
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+    return reach.read(cell)

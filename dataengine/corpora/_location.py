@@ -24,7 +24,9 @@ def parse(text: str, defaults: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     for name, value in parse_qsl(found[1], keep_blank_values=True):
         if name not in options:
             hint = plugins.nearest(name, sorted(options))
-            raise ValueError(f"{text}: unknown option {name!r}{hint}; known: {', '.join(options) or 'none'}")
+            raise ValueError(
+                f"{storage.redacted(text)}: unknown option {name!r}{hint}; known: {', '.join(options) or 'none'}"
+            )
         options[name] = value
     return text[: found.start()], options
 
@@ -39,6 +41,11 @@ class Files:
         self.url = url
         self.suffixes = suffixes
         self.fs, path = storage.split_url(url)
+        # A signed link: what it signs is one file, whose name stands before the query.
+        self._query = ""
+        if "http" in self.fs.protocol:
+            path, mark, query = path.partition("?")
+            self._query = mark + query
         pattern = _PATTERN.search(path)
         if pattern and not self.fs.exists(path):
             self.root = path[: pattern.start()].rpartition("/")[0]
@@ -49,15 +56,22 @@ class Files:
 
     def names(self) -> list[str]:
         """Every file, sorted; ValueError when there is none. A brace range is taken at its word."""
+        if self._query:
+            name = self.url.partition("?")[0].rpartition("/")[2]
+            if name.lower().endswith(self.suffixes):
+                return [name]
+            raise ValueError(f"{storage.redacted(self.url)}: expected a file ending in {' '.join(self.suffixes)}")
         paths = (storage.split_url(url)[1] for url in storage.expand(self.url, self.suffixes))
         found = sorted(path[len(self.root) :].lstrip("/") for path in paths)
         if not found:
-            raise ValueError(f"{self.url}: expected files ending in {' '.join(self.suffixes)}, found none")
+            raise ValueError(
+                f"{storage.redacted(self.url)}: expected files ending in {' '.join(self.suffixes)}, found none"
+            )
         return found
 
     def path(self, name: str) -> str:
         """The path, in the filesystem, of a relative name."""
-        return f"{self.root}/{name}"
+        return f"{self.root}/{name}{self._query}"
 
     def open(self, name: str) -> Any:
         """A file as a seekable binary stream."""

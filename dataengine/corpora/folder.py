@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataengine import storage
-from dataengine.corpora import Corpus, RawSample, Split, _items, _location
+from dataengine.corpora import Corpus, RawSample, Split, _items, _location, _reach
 from dataengine.keys import make_key
 
 _TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
@@ -25,22 +25,26 @@ class Folder(Corpus):
 
     Captions: `<stem>.txt` (one) or `<stem>.json` beside the image, else the root's `captions.json` (path to captions),
     or `captions.jsonl`, `captions.csv`, `metadata.jsonl`, `metadata.csv` with a path and a caption in each row.
+    Option: `links=yes` follows symbolic links that lead out of the folder, which are errors else.
     """
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
-        self._url, _ = _location.parse(location, {})
+        self._url, options = _location.parse(location, {"links": "no"})
+        self._links = options["links"] == "yes"
+        if options["links"] not in ("yes", "no"):
+            raise ValueError(f"folder:{storage.redacted(location)}: links is {options['links']!r}, expected yes or no")
 
     def __getstate__(self) -> dict[str, Any]:
         # What was listed stays in this process: another one asks the filesystem itself.
-        return {"location": self.location, "_url": self._url}
+        return {"location": self.location, "_url": self._url, "_links": self._links}
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
         """The filesystem and the folder's path in it."""
         fs, root = storage.split_url(self._url)
         if not fs.isdir(root):
-            raise ValueError(f"folder:{self.location}: expected a folder, found none")
+            raise ValueError(f"folder:{storage.redacted(self.location)}: expected a folder, found none")
         return fs, root.rstrip("/")
 
     @cached_property
@@ -63,7 +67,8 @@ class Folder(Corpus):
                     known = path.removeprefix("./")
                     out[known] = out.get(known, ()) + texts
         if out and self._images and out.keys().isdisjoint(self._images):
-            raise ValueError(f"no image below {self._url} has a caption: {next(iter(out))!r}, but {self._images[0]!r}")
+            place = storage.redacted(self._url)
+            raise ValueError(f"no image below {place} has a caption: {next(iter(out))!r}, but {self._images[0]!r}")
         return out
 
     def splits(self, shard_size: int) -> list[Split]:
@@ -77,7 +82,8 @@ class Folder(Corpus):
         names = self._images[split.start : split.stop]
         if len(names) != split.stop - split.start or names[0] != split.source:
             found = names[0] if names else "nothing"
-            raise ValueError(f"{self._url} has changed: item {split.start} was {split.source!r} and is now {found!r}")
+            place = storage.redacted(self._url)
+            raise ValueError(f"{place} has changed: item {split.start} was {split.source!r} and is now {found!r}")
         for name in names:
             folders, _, file = name.rpartition("/")
             stem, _, suffix = file.rpartition(".")
@@ -89,8 +95,9 @@ class Folder(Corpus):
 
     def _read(self, name: str) -> bytes:
         fs, root = self._place
-        data: bytes = fs.cat_file(f"{root}/{name}")
-        return data
+        if fs.protocol[0] == "file":
+            return _reach.read_local(f"{root}/{name}", ("/",) if self._links else (root,))
+        return _reach.read_remote(fs, f"{root}/{name}")
 
     def _captions(self, name: str) -> tuple[str, ...]:
         stem = name.rpartition(".")[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataengine import plugins
-from dataengine.corpora import Corpus, RawSample, Split, _items, _location
+from dataengine.corpora import Corpus, RawSample, Split, _items, _location, _reach
 from dataengine.keys import make_key
 
 
@@ -19,19 +19,19 @@ class HuggingFace(Corpus):
     """Rows of one split (`?split=train`, any expression that `datasets` knows); images are never decoded here.
 
     Options: `split`, `config` (the dataset's configuration), `image` and `caption` name the columns, else the first
-    image column and the usual caption names are taken; `fetch=yes` allows http links.
+    image column and the usual caption names are taken; `fetch=yes` allows links (`any`: to private addresses too),
+    `files=FOLDER` paths into that folder. No code of a dataset is run.
     """
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
-        defaults = {"split": "train", "config": "", "image": "", "caption": "", "fetch": "no"}
+        defaults = {"split": "train", "config": "", "image": "", "caption": "", "fetch": "no", "files": ""}
         self._name, self._options = _location.parse(location, defaults)
-        if self._options["fetch"] not in ("yes", "no"):
-            raise ValueError(f"hf:{location}: fetch is {self._options['fetch']!r}, expected yes or no")
+        self._fetch = _reach.reach_of(self._options["fetch"], f"hf:{location}")
 
     def __getstate__(self) -> dict[str, Any]:
         # The memory-mapped rows stay in this process: another one opens them itself.
-        return {"location": self.location, "_name": self._name, "_options": self._options}
+        return {"location": self.location, "_name": self._name, "_options": self._options, "_fetch": self._fetch}
 
     @cached_property
     def _rows(self) -> Any:
@@ -46,7 +46,10 @@ class HuggingFace(Corpus):
         elif os.path.exists(os.path.join(self._name, "state.json")):
             rows = datasets.load_from_disk(self._name)
         else:
-            rows = datasets.load_dataset(self._name, self._options["config"] or None, split=split)
+            try:
+                rows = datasets.load_dataset(self._name, self._options["config"] or None, split=split)
+            except RuntimeError as error:  # a dataset that is a script
+                raise ValueError(f"hf:{self.location}: {error}") from error
         undecoded = {n: f for n, f in rows.features.items() if isinstance(f, datasets.Image)}
         for name in undecoded:
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -68,7 +71,7 @@ class HuggingFace(Corpus):
         """The rows of a range; ValueError when the dataset has fewer than when it was split."""
         if len(self._rows) < split.stop:
             raise ValueError(f"hf:{self.location} has changed: row {split.stop - 1} of {len(self._rows)} was expected")
-        fetch = self._options["fetch"] == "yes"
+        reach = _reach.Reach(self._name, self._folders(), self._fetch)
         image, *caption = self._rows.column_names
         for number in range(split.start, split.stop):
             key = make_key(*split.source.split("/"), f"{number:09d}")
@@ -76,9 +79,19 @@ class HuggingFace(Corpus):
             def load(number: int = number) -> tuple[bytes, tuple[str, ...]]:
                 row = self._rows[number]
                 texts = _items.captions(row[caption[0]]) if caption else ()
-                return _items.image_bytes(row[image], self._name, fetch), texts
+                return _items.image_bytes(row[image], reach), texts
 
             yield _items.attempt(key, f"{split.source}#{number}", load)
+
+    def _folders(self) -> tuple[str, ...]:
+        """Where paths of rows may lead: into the dataset itself, the downloads of `datasets`, what the user named."""
+        import datasets
+        from huggingface_hub import constants
+
+        # Not all of Hugging Face's cache folder: the user's token lies in it.
+        caches = (str(datasets.config.HF_DATASETS_CACHE), str(constants.HF_HUB_CACHE))
+        local = (self._name,) if os.path.isdir(self._name) else ()
+        return (*local, *caches, *filter(None, [self._options["files"]]))
 
     @classmethod
     def example(cls, folder: str) -> HuggingFace:

@@ -12,29 +12,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataengine import plugins
-from dataengine.corpora import Corpus, RawSample, Split, _items, _location
+from dataengine import plugins, storage
+from dataengine.corpora import Corpus, RawSample, Split, _items, _location, _reach
 from dataengine.keys import make_key
 
 _IMAGE_NAMES = ("image", "jpg", "png", "img", "image_bytes", "bytes", "image_path", "path", "file_name", "url", "URL")
 _BATCH = 64  # rows in memory at a time
+_BATCH_BYTES = 1 << 26
+_MAX_ROWS = 100_000_000
+"""Rows that the footer of one file may declare: what it says is believed when splits are made."""
 _DOWNLOADS = 16  # at a time
 
 
 class Parquet(Corpus):
     """A file, a folder of them, a glob or a brace range. Paths in a table are relative to its file.
 
-    Options: `image` and `caption` name the columns, else the usual names are looked for; `fetch=yes` allows http.
+    Options: `image` and `caption` name the columns, else the usual names are looked for. What lies below the corpus's
+    own folder is read; `files=FOLDER` allows paths into that one, `fetch=yes` URLs (`any`: of private addresses too).
     Splits are pieces of row groups, or several whole ones where they are small.
     """
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
-        self._url, options = _location.parse(location, {"image": "", "caption": "", "fetch": "no"})
-        self._image, self._caption, fetch = options.values()
-        if fetch not in ("yes", "no"):
-            raise ValueError(f"parquet:{location}: fetch is {fetch!r}, expected yes or no")
-        self._fetch = fetch == "yes"
+        self._url, options = _location.parse(location, {"image": "", "caption": "", "fetch": "no", "files": ""})
+        self._image, self._caption, fetch, self._extra = options.values()
+        self._fetch = _reach.reach_of(fetch, f"parquet:{location}")
 
     def _files(self) -> _location.Files:
         return _location.Files(self._url, (".parquet", ".pq"))
@@ -48,7 +50,9 @@ class Parquet(Corpus):
                 with files.open(name) as stream, pq.ParquetFile(stream) as table:
                     self._columns(name, table.schema_arrow.names)
                     bounds = _bounds(table, shard_size)
-            except (pa.ArrowInvalid, FileNotFoundError):
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+                    raise  # the disk or the network: not a word about the file
                 bounds = [(0, 1)]
             out += _location.pieces(name, bounds, shard_size)
         return out
@@ -59,18 +63,18 @@ class Parquet(Corpus):
         read = 0
         try:
             with files.open(split.source) as stream:
-                for row, cells in enumerate(self._rows(stream, split)):
-                    yield from self._items(files, split, split.start + row * _BATCH, cells)
+                for cells in self._rows(stream, split):
+                    yield from self._items(files, split, split.start + read, cells)
                     read += len(cells)
             if read < split.stop - split.start:
                 raise ValueError(f"{split.source} has changed: row {split.start + read} is not there any more")
         except (OSError, pa.ArrowException) as error:
             for row in range(split.start + read, split.stop):
                 key, source = _names(split.source, row)
-                yield RawSample(key, source, error=f"{type(error).__name__}: {error}")
+                yield RawSample(key, source, error=storage.redacted(f"{type(error).__name__}: {error}"))
 
     def _rows(self, stream: IO[bytes], split: Split) -> Iterator[list[tuple[Any, Any]]]:
-        """(image cell, caption cell) of the split's rows, `_BATCH` at a time, with the last batch shorter."""
+        """(image cell, caption cell) of the split's rows, at most `_BATCH` at a time, fewer where they are large."""
         with pq.ParquetFile(stream) as table:
             image, caption = self._columns(split.source, table.schema_arrow.names)
             edges = _edges(table)
@@ -78,16 +82,17 @@ class Parquet(Corpus):
             columns = [image] if caption is None else [image, caption]
             position = edges[groups[0]] if groups else 0
             waiting: list[tuple[Any, Any]] = []
-            for batch in table.iter_batches(_BATCH, row_groups=groups, columns=columns, use_threads=False):
-                first, last = max(0, split.start - position), min(len(batch), split.stop - position)
+            size = 0
+            # One row at a time: a dictionary page makes any number of large values of a few bytes.
+            for batch in table.iter_batches(1, row_groups=groups, columns=columns, use_threads=False):
+                if split.start <= position < split.stop:
+                    text = None if caption is None else batch.column(caption)[0].as_py()
+                    waiting.append((batch.column(image)[0].as_py(), text))
+                    size += batch.nbytes
                 position += len(batch)
-                if first < last:
-                    part = batch.slice(first, last - first)
-                    texts = part.column(caption).to_pylist() if caption is not None else [None] * len(part)
-                    waiting += zip(part.column(image).to_pylist(), texts, strict=True)
-                while len(waiting) >= _BATCH:
-                    yield waiting[:_BATCH]
-                    waiting = waiting[_BATCH:]
+                if len(waiting) == _BATCH or size > _BATCH_BYTES:
+                    yield waiting
+                    waiting, size = [], 0
                 if position >= split.stop:
                     break
             if waiting:
@@ -97,15 +102,16 @@ class Parquet(Corpus):
         self, files: _location.Files, split: Split, first: int, cells: list[tuple[Any, Any]]
     ) -> Iterator[RawSample]:
         beside = files.fs.unstrip_protocol(files.path(split.source)).rpartition("/")[0]
+        local = files.fs.protocol[0] == "file"
+        root = files.root if local else files.fs.unstrip_protocol(files.root)
+        reach = _reach.Reach(beside, (root, *filter(None, [self._extra])), self._fetch)
 
         def load(numbered: tuple[int, tuple[Any, Any]]) -> RawSample:
             row, (image, text) = numbered
             key, source = _names(split.source, row)
-            return _items.attempt(
-                key, source, lambda: (_items.image_bytes(image, beside, self._fetch), _items.captions(text))
-            )
+            return _items.attempt(key, source, lambda: (_items.image_bytes(image, reach), _items.captions(text)))
 
-        if not self._fetch:
+        if self._fetch == "no":
             yield from map(load, enumerate(cells, start=first))
             return
         with ThreadPoolExecutor(_DOWNLOADS) as threads:
@@ -146,9 +152,12 @@ def _names(name: str, row: int) -> tuple[str, str]:
 
 
 def _edges(table: pq.ParquetFile) -> list[int]:
-    """Where row groups begin and end, in rows."""
+    """Where row groups begin and end, in rows; ArrowInvalid for a footer that cannot be true."""
     metadata = table.metadata
-    return [0, *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) > _MAX_ROWS:
+        raise pa.ArrowInvalid(f"a footer that declares {sum(counts)} rows, at most {_MAX_ROWS} are believed")
+    return [0, *accumulate(counts)]
 
 
 def _bounds(table: pq.ParquetFile, shard_size: int) -> list[tuple[int, int]]:

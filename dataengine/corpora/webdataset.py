@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,19 +16,21 @@ from typing import IO
 
 import numpy as np
 
-from dataengine.corpora import Corpus, RawSample, Split, _items, _location
+from dataengine import _tars
+from dataengine._tars import Header
+from dataengine.corpora import Corpus, RawSample, Split, _items, _location, _reach
 from dataengine.keys import make_key
 
 # webdataset's rule: the key is the path up to the first dot of the file's name, what follows is the suffix.
-_MEMBER = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]+)")
+_MEMBER = re.compile(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 @dataclass
 class _Item:
     name: str
     repeat: int
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(offset, size) in bytes by lower-case suffix."""
+    members: dict[str, Header] = field(default_factory=dict)
+    """By lower-case suffix."""
     error: str = ""
 
 
@@ -35,7 +38,8 @@ class WebDataset(Corpus):
     """A tar, a folder of tars, a glob or a brace range, on any filesystem. A tar's headers are read, then its members.
 
     Options: `image` and `caption` name the suffixes to take, for tars with several (`?image=left.jpg`). Members of one
-    key need not be neighbours. A damaged tar gives its readable items and then one error.
+    key need not be neighbours. A damaged tar gives its readable items and then one error. A name is only ever a name:
+    nothing is written or followed by it, and an item whose image or caption is a link or a device is an error.
     """
 
     def __init__(self, location: str) -> None:
@@ -114,9 +118,12 @@ class WebDataset(Corpus):
         return cls(folder)
 
 
-def _member(stream: IO[bytes], place: tuple[int, int]) -> bytes:
-    stream.seek(place[0])
-    return stream.read(place[1])
+def _member(stream: IO[bytes], header: Header) -> bytes:
+    if header.kind != "file":
+        raise ValueError(f"{header.name!r} is a {header.kind}, expected a regular file")
+    _reach.hold_to_limit(header.size)
+    stream.seek(header.offset)
+    return stream.read(header.size)
 
 
 def _index_file(files: _location.Files, name: str) -> list[_Item]:
@@ -130,31 +137,16 @@ def _index_file(files: _location.Files, name: str) -> list[_Item]:
 def _index(stream: IO[bytes]) -> list[_Item]:
     """The items of a tar by its headers alone; the last one is an error when the tar is damaged."""
     items: dict[tuple[str, int], _Item] = {}
-    end = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    damage = ""
+    seen: Counter[tuple[str, str]] = Counter()
+    damage = []
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > end:
-                    damage = f"ends within {member.name}"
-                    break
-                if member.isreg() and (found := _MEMBER.fullmatch(member.name)):
-                    _add(items, found[1], found[2].lower(), (member.offset_data, member.size))
-            # tarfile takes a spoiled header for the end of the tar: the end is a block of zeros, and nothing else is.
-            stream.seek(tar.offset)
-            block = stream.read(tarfile.BLOCKSIZE)
-        if not damage and block != bytes(tarfile.BLOCKSIZE):
-            damage = "no end marker where the members end: cut short, or a header is spoiled"
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        damage = str(error)
-    found_items = list(items.values())
-    return [*found_items, _Item("damaged tar", 0, error=f"the tar is damaged: {damage}")] if damage else found_items
-
-
-def _add(items: dict[tuple[str, int], _Item], name: str, suffix: str, place: tuple[int, int]) -> None:
-    """File a member under its key; the same name a second time begins another item, so that no image is lost."""
-    repeat = 0
-    while (known := items.get((name, repeat))) and suffix in known.members:
-        repeat += 1
-    items.setdefault((name, repeat), _Item(name, repeat)).members[suffix] = place
+        for header in _tars.headers(stream, stream.seek(0, io.SEEK_END)):
+            if header.kind != "folder" and (found := _MEMBER.fullmatch(header.name)):
+                name, suffix = found[1], found[2].lower()
+                # The same name a second time begins another item, so that no image is lost.
+                repeat = seen[name, suffix]
+                seen[name, suffix] += 1
+                items.setdefault((name, repeat), _Item(name, repeat)).members[suffix] = header
+    except _tars.DamagedTar as error:
+        damage = [_Item("damaged tar", 0, error=f"the tar is damaged: {error}")]
+    return [*items.values(), *damage]
