@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dataengine import storage
 
@@ -64,17 +65,36 @@ def _from_hub(repo: str, filename: str) -> Path:
 
 
 def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> Weights:
-    """Hash and describe a checkpoint. It is random when `mark_random` has said so beside it."""
+    """Hash and describe a checkpoint. It is random when `mark_random` has said so beside it.
+
+    `licence` is that of the published weights; what `<file>.card.json` states about this file goes before it.
+    """
     file = resolve(checkpoint, filename)
     stat = file.stat()
-    card = _card(file)
-    random = card.exists() and bool(json.loads(card.read_text())["random"])
+    card = stated(file)
+    random, licence = bool(card.get("random")), str(card.get("licence", licence))
+    if "commercial" in card:
+        licence += f"; commercial use {'allowed' if card['commercial'] is True else 'forbidden'}"
     return Weights(
         source=file.name if random else checkpoint,
         sha256=_sha256(str(file), stat.st_size, stat.st_mtime_ns),
         licence="none (random weights)" if random else licence,
         random=random,
     )
+
+
+def stated(file: Path) -> dict[str, Any]:
+    """What `<file>.card.json` says of a checkpoint: `random`, `licence`, `commercial` (whether such use is allowed)."""
+    card = _card(file)
+    if not card.exists():
+        return {}
+    try:
+        found = json.loads(card.read_text())
+    except ValueError as error:
+        raise ValueError(f"{card}: expected a JSON object, {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{card}: expected a JSON object, found {found!r:.80}")
+    return found
 
 
 def mark_random(file: Path, seed: int) -> None:
