@@ -123,14 +123,14 @@ def run_stages(
     stages = [s for s in stages if s.tasks]
     if not stages:
         return
-    with _connected():
+    with connected():
         driver = Driver(_Ray(), stages, on_event, device, max_workers, batch_seconds)
         with driver.stopped_by_signals():
             driver.run()
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Ray, joined or started here: quiet, without the dashboard, with this checkout importable in the actors."""
     if ray.is_initialized():
         yield
@@ -147,6 +147,11 @@ def _connected() -> Iterator[None]:
         ray.shutdown()
 
 
+def resources() -> list[dict[str, float]]:
+    """What each node of the cluster has, CPU, GPU and memory; of the one that this process is connected to."""
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]
+
+
 def run(
     worker: Worker, tasks: Sequence[Task], *, workers: int, device: str, on_report: Callable[[Report], None]
 ) -> None:
@@ -157,4 +162,4 @@ def run(
             on_report(Report.of(event.values))
 
     gpus = 1.0 if device.startswith("cuda") else 0.0
-    run_stages([single(worker, tasks, gpus)], on_event=on_event, device=device, max_workers=workers)
+    run_stages([single(worker, tasks, gpus=gpus)], on_event=on_event, device=device, max_workers=workers)

@@ -285,7 +285,15 @@ class Schedule:
         self._queues[name].seconds_per_row = seconds_per_row
 
 
-def single(worker: Worker, tasks: Sequence[Task], num_gpus: float = 0.0) -> Stage:
-    """One stage of whole tasks of equal size."""
-    rows = {t.shard: 1 for t in tasks}
-    return Stage(name="all", worker=worker, tasks=tuple(tasks), num_rows=rows, window=1, num_gpus=num_gpus)
+def single(
+    worker: Worker,
+    tasks: Sequence[Task],
+    num_rows: Mapping[int, int] | None = None,
+    *,
+    name: str = "all",
+    gpus: float = 0,
+) -> Stage:
+    """One stage of whole tasks; of equal size when `num_rows` does not say otherwise."""
+    rows = num_rows or {t.shard: 1 for t in tasks}
+    # A window of everything: no task of it can be split.
+    return Stage(name=name, worker=worker, tasks=tuple(tasks), num_rows=rows, window=1 << 40, num_gpus=gpus)
