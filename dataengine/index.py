@@ -203,14 +203,14 @@ def _summary(path: str, data: bytes) -> tuple[Any, ...]:
         record = json.loads(data)
         made = record["provenance"]
         return (
-            record["spec"],
-            record["sha256"],
-            record["num_bytes"],
-            record["num_samples"],
+            str(record["spec"]),
+            str(record["sha256"]),
+            int(record["num_bytes"]),
+            int(record["num_samples"]),
             len(record["invalid"]),
             bool(made.get("random")),
             maker(made),
-            record["file"],
+            str(record["file"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no commit record ({type(error).__name__}: {error})") from error
@@ -227,7 +227,7 @@ def _load(store: Store) -> dict[str, pa.RecordBatch]:
             if not reader.schema.equals(_SCHEMA, check_metadata=True):
                 return {}
             return {batch.column("modality")[0].as_py(): batch for batch in reader}
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowException):
         return {}
 
 
