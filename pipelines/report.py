@@ -112,7 +112,7 @@ def _stage(stage: StageState, now: float, light: Mapping[str, float], view: Mapp
     )
     # Workers that stay up after the last task of their stage have no part in how fast it was.
     up = max(0.0, held - stage.start_seconds) if stage.active_seconds is None else stage.active_seconds
-    unmeasured = [name for name in stage.labelers if not light.get(name)]
+    unmeasured = sorted({name for name in stage.labelers if not light.get(name)})
     each = None
     if stage.labelers and not unmeasured:
         each = 1.0 / sum(1.0 / light[name] for name in stage.labelers)

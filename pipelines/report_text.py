@@ -131,8 +131,9 @@ def _details(r: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
             yield label, Text(", ".join(f"{n:,} x {cause}" for cause, n in Counter(causes).most_common()))
     if error := r["summary"].get("error"):
         yield "ended by", Text(error, style="red")
-    joined = f"{r['workers_joined']:,} workers" + (f" on {r['nodes_joined']:,} nodes" if r["nodes_joined"] else "")
-    hours = f"{r['gpu_hours']:.2f} GPU-hours, {r['cpu_hours']:.2f} CPU-hours"
+    joined = _several(r["workers_joined"], "worker")
+    joined += f" on {_several(r['nodes_joined'], 'node')}" if r["nodes_joined"] else ""
+    hours = f"{_hours(r['gpu_hours'])} GPU-hours, {_hours(r['cpu_hours'])} CPU-hours"
     yield "used", Text(f"{joined}, {hours}, {r['bytes'] / 1e6:,.1f} MB written")
     if r["cost"] is not None:
         at = [
@@ -144,6 +145,14 @@ def _details(r: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     if r["missing"]["cells"]:
         names = ", ".join(f"{n:,} of {m}" for m, n in r["missing"]["by_modality"].items())
         yield "missing", Text(f"{r['missing']['cells']:,} cells: {names}", style="bold red")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours >= 1 or not hours else f"{hours:.2g}"
+
+
+def _several(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def _short(name: str) -> str:

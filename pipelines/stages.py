@@ -235,6 +235,10 @@ class StageState:
         return max(0.0, self.rows - self.settled - under_way)
 
     def device_busy(self) -> float | None:
-        """Share of its workers' time, since they started, in which a labeler ran; None before one was timed."""
+        """Share of its workers' time in which a labeler ran, from when they had started until the stage was finished.
+
+        None before a labeler was timed.
+        """
         labelling = [seconds for name, seconds in self.spent.items() if name.startswith("label:")]
-        return min(1.0, sum(labelling) / self.worker_seconds) if labelling and self.worker_seconds else None
+        whole = self.worker_seconds if self.active_seconds is None else self.active_seconds
+        return min(1.0, sum(labelling) / whole) if labelling and whole else None

@@ -162,3 +162,29 @@ def test_any_event_survives_its_line(made: Event) -> None:
     line = to_line(made, 3)
     assert "\n" not in line
     assert from_line(line) == (3, made)
+
+
+def test_a_run_on_s3_is_watched_and_reported_from_there(bucket: str) -> None:
+    import io
+
+    from rich.console import Console
+
+    from pipelines.monitor import Monitor
+    from pipelines.watch import load_report, load_status, pick
+    from tests.simulated import T0, steady
+
+    store, log = Store(f"{bucket}/far"), steady(tasks=20)
+    now = T0
+    with Monitor(store, RUN, Console(file=io.StringIO()), clock=lambda: now, beat=None) as monitor:
+        for e in log:
+            now = max(now, e.time)
+            monitor.on_event(e)
+            monitor.tick(now)
+        assert pick(store, "") == RUN
+        assert load_status(store, RUN)["tasks"]["done"] >= 17
+        assert load_report(store, RUN)["finished"] is False
+        assert len(store.files(f"runs/{RUN}")) > 5, "a status, and a chunk every ten seconds"
+    assert load_status(store, RUN)["ended"] == now
+    assert load_report(store, RUN) == json.loads(json.dumps(monitor.report))
+    assert monitor.report["complete"]
+    assert len(list(events(store, RUN))) == len(log) + 1

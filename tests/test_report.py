@@ -24,12 +24,14 @@ from dataengine import local
 from dataengine.eventlog import events, to_line
 from dataengine.events import Event
 from dataengine.plan import plan_labels
+from dataengine.schedule import Stage
 from dataengine.storage import Store
+from dataengine.work import LabelGroup, Task
 from pipelines.live import Prices, RunState
 from pipelines.monitor import Monitor
 from pipelines.report import build, examples_of
 from pipelines.report_text import printed
-from tests.fakes import Threshold, ingested
+from tests.fakes import Inverted, Threshold, ingested
 from tests.simulated import T0, declared, reported, simulate, steady
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +331,46 @@ def test_in_a_terminal_the_table_is_live_and_leaves_no_trace(tmp_path: Path) -> 
     text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", seen).decode()
     assert re.search(r"depth +0 +0 +20 +0 +20\.0 +done +4 +90 %", text), text
     assert seen.rstrip().endswith(b"\x1b[2K"), "the last thing is to wipe the table"
+
+
+@pytest.mark.parametrize("runner", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_real_run_is_reported_as_its_commit_records_say(tmp_path: Path, runner: str) -> None:
+    dataset = ingested(tmp_path, 12)
+    bad = dataset.keys(1)[0]
+    edges, inverted = Threshold(fail_on=(bad,), seconds=0.05), Inverted()
+    rows = {shard: len(dataset.keys(shard)) for shard in range(3)}
+    stages = []
+    for name, modality, labeler in (("edges", "canny_edge", edges), ("inverted", "sam_edge", inverted)):
+        tasks = tuple(Task(shard, {modality: modality}) for shard in range(3))
+        worker = LabelGroup(dataset.store.url, (labeler,))
+        needs = ("edges",) if name == "inverted" else ()
+        stages.append(Stage(name=name, worker=worker, tasks=tasks, num_rows=rows, window=3, needs=needs))
+    with Monitor(dataset.store, RUN, quiet(), beat=0.1) as monitor:
+        if runner == "ray":
+            from dataengine import actors
+
+            actors.run_stages(stages, on_event=monitor.on_event, max_workers=2)
+        else:
+            local.run_stages(stages, on_event=monitor.on_event)
+    made = monitor.report
+    assert (made["complete"], made["images"], made["labels"], made["labels_failed"]) == (True, 12, 24, 2)
+    for modality in ("canny_edge", "sam_edge"):
+        records = [dataset.commit(modality, shard) for shard in range(3)]
+        row = made["modalities"][modality]
+        assert (row["cells"], row["wanted"], row["missing"], row["failed"]) == (3, 3, 0, 1)
+        assert row["bytes"] == sum(r.num_bytes for r in records if r is not None)
+    assert {(f["modality"], f["kind"], tuple(f["keys"])) for f in made["failures"]} == {
+        ("canny_edge", "RuntimeError", (bad,)), ("sam_edge", "input not valid", (bad,))
+    }  # fmt: skip
+    for stage in made["stages"]:
+        assert stage["tasks"] == {"waiting": 0, "running": 0, "done": 3, "failed": 0}
+        assert stage["images"] == 12
+        # However it is cut, labelling and the rest of what a worker does one after another fits into the time held.
+        parts = {name.split(":")[0]: n for name, n in stage["seconds_by"].items()}
+        assert 0 < sum(parts.get(k, 0.0) for k in ("start", "label", "commit", "idle")) < 1.01 * stage["worker_seconds"]
+    assert monitor.state.stages["inverted"].needs == ("edges",)
+    assert monitor.state.stages["edges"].wanted == {"canny_edge": 3}
+    assert made["nodes_joined"] == (1 if runner == "ray" else 0)
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------
