@@ -9,6 +9,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -137,6 +138,8 @@ class Driver:
                 stage.name,
                 tasks=len(stage.tasks),
                 rows=sum(stage.num_rows[t.shard] for t in stage.tasks),
+                cells=dict(Counter(m for t in stage.tasks for m in t.specs)),
+                needs=list(stage.needs),
                 seconds_per_row=stage.seconds_per_row,
                 num_cpus=stage.num_cpus,
                 num_gpus=stage.num_gpus,

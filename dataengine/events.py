@@ -7,7 +7,8 @@ from typing import Any
 
 KINDS = {
     "run": "the run began; values: what, runner, device, recipe, pid, host",
-    "stage": "a stage of the run; values: tasks, rows, seconds_per_row, num_cpus, num_gpus, labelers, modalities",
+    "stage": "a stage; values: tasks, rows, cells (by modality), needs, seconds_per_row, num_cpus, num_gpus, labelers, "
+    "modalities",
     "worker-up": "a worker has started; values: seconds",
     "worker-down": "a worker is gone; values: cause, planned (no longer needed, or told to go)",
     "node-up": "a node joined; values: resources",

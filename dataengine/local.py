@@ -6,6 +6,7 @@ Nothing watches: a labeler that ends the process ends the run, and running it ag
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +43,8 @@ def run_stages(
             stage.name,
             tasks=len(stage.tasks),
             rows=sum(stage.num_rows[t.shard] for t in stage.tasks),
+            cells=dict(Counter(m for t in stage.tasks for m in t.specs)),
+            needs=list(stage.needs),
             seconds_per_row=stage.seconds_per_row,
             num_cpus=stage.num_cpus,
             num_gpus=stage.num_gpus,
