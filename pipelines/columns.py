@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -134,6 +135,25 @@ def split(
         as_json,
         f"{counts[0]} shards to {out_a}, {counts[1]} to {out_b}",
     )
+
+
+@app.command()
+@exits
+def card(
+    root: Root,
+    out: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("README.md"),
+    name: Annotated[str, typer.Option(help="The dataset's name; the root's last folder if none.")] = "",
+    licence: Annotated[str, typer.Option(help="The licence of the images, which no record states.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write the dataset card (Hugging Face format) from the commit records: sources, labelers, failures, licences."""
+    from pipelines import card as cards
+
+    dataset = Dataset(root)
+    dataset.plan  # noqa: B018  raises when this is no dataset
+    found = cards.facts(dataset, licence)
+    cards.write(out, cards.render(found, name))
+    say(found, as_json, f"wrote {out}; {found['licence_summary']}")
 
 
 def names(columns: str) -> list[str]:
