@@ -21,6 +21,9 @@ from dataengine.storage import Store
 MAX_WAITING = 100_000
 """Lines kept for a store that does not take them; beyond it the oldest are dropped."""
 
+MAX_SECONDS = 300.0
+"""Time after which lines go to an object store, however long the run."""
+
 _RUN_ID = re.compile(r"\d{8}T\d{6}-.+")
 
 
@@ -80,7 +83,8 @@ class EventLog:
         self._held: deque[str] = deque(maxlen=MAX_WAITING)
         self._numbers = 0
         self._chunks = 0
-        self._written: float | None = None
+        self._began: float | None = None
+        self._written = 0.0
         self._told = False
         self.problem = ""
 
@@ -94,11 +98,16 @@ class EventLog:
         self._waiting.append(line)
 
     def flush(self, now: float) -> None:
-        """Write what is kept: at once on a local disk; on an object store after `every` seconds or `lines` lines."""
-        if self._written is None:
-            self._written = now
+        """Write what is kept: at once on a local disk; on an object store after `every` seconds or `lines` lines.
+
+        The time grows with the age of the run to a hundredth of it, so that weeks do not leave a hundred thousand
+        objects.
+        """
+        if self._began is None:
+            self._began = self._written = now
+        every = max(self._every, min((now - self._began) / 100, MAX_SECONDS))
         many = self._store.local or len(self._waiting) >= self._lines
-        if now - self._written >= self._every or (many and not self.problem):
+        if now - self._written >= every or (many and not self.problem):
             self._written = now
             self.close()
 

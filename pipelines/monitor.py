@@ -24,6 +24,8 @@ STATUS_SECONDS = 5.0
 """How often `status.json` and the metrics are brought up to date."""
 PLAIN_SECONDS = 30.0
 """How often a line is printed where there is no terminal."""
+USAGE_SECONDS = 60.0
+"""How often the log says how busy a node is: the table hears it every few seconds, weeks of which fill a disk."""
 PATIENCE_SECONDS = 30.0
 """How long the end of a run waits for a store that does not answer."""
 
@@ -63,6 +65,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._log = EventLog(store, run_id, on_problem=self._note)
         self._told: set[str] = set()
+        self._usage: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._live: Live | None = None
@@ -71,7 +74,10 @@ class Monitor:
     def on_event(self, event: Event) -> None:
         """Take what happened; from any thread."""
         with self._lock:
-            self._log.add(event)
+            if event.kind != "usage" or event.time - self._usage.get(event.node, 0.0) >= USAGE_SECONDS:
+                self._log.add(event)
+                if event.kind == "usage":
+                    self._usage[event.node] = event.time
             try:
                 self.state.apply(event)
             except Exception as error:

@@ -110,7 +110,7 @@ def _modalities(r: Mapping[str, Any]) -> Table:
 
 def _details(r: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     for i, f in enumerate(r["failures"][:MAX_SHOWN]):
-        text = Text(f"{f['labels']:,} x ", style="yellow").append(f"{f['modality']}: {f['reason']}", style="default")
+        text = Text().append(f"{f['labels']:,} x ", style="yellow").append(f"{f['modality']}: {f['reason']}")
         if f["keys"]:
             text.append(f"  ({', '.join(f['keys'])})", style="dim")
         yield ("failures" if i == 0 else "", text)

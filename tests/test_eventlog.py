@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,19 @@ def test_what_is_written_is_read_back_in_order(store: Store) -> None:
     assert list(events(store, RUN)) == written
     assert len(store.files(f"runs/{RUN}")) == (1 if store.local else 3)
     assert log.problem == ""
+
+
+def test_a_long_run_leaves_a_bounded_number_of_objects(bucket: str) -> None:
+    store, days = Store(f"{bucket}/weeks"), 2
+    written: list[float] = []
+    log = EventLog(store, RUN)
+    log._write = lambda text: written.append(now)  # type: ignore[method-assign]
+    for now in range(0, days * 86400, 5):
+        log.add(event(0))
+        log.flush(float(now))
+    assert written[0] == 10.0
+    assert max(b - a for a, b in itertools.pairwise(written)) == 300.0
+    assert len(written) < days * 86400 / 300 + 500
 
 
 def test_runs_are_listed_newest_first(store: Store) -> None:

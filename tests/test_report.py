@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -216,6 +217,16 @@ def test_a_monitor_leaves_log_status_and_report(tmp_path: Path) -> None:
     # One line each half minute, no more: this console is not a terminal.
     assert len(lines(console)) == 3
     assert all(line.startswith("label ") and "left" in line for line in lines(console))
+
+
+def test_the_log_does_not_fill_with_how_busy_nodes_are(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with Monitor(store, RUN, quiet(), clock=Clock(), beat=None) as monitor:
+        for second, node in itertools.product(range(0, 200, 2), ("n0", "n1")):
+            monitor.on_event(Event(T0 + second, "usage", node=node, values={"cpu": second / 200}))
+        assert [n["cpu"] for n in monitor.status(T0)["nodes"]] == [0.99, 0.99]
+    found = [(e.time - T0, e.node) for e in events(store, RUN) if e.kind == "usage"]
+    assert found == [(second, node) for second in (0, 60, 120, 180) for node in ("n0", "n1")]
 
 
 def test_a_run_that_fails_has_an_end_and_a_reason(tmp_path: Path) -> None:
