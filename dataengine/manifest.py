@@ -62,6 +62,42 @@ class Commit:
     keys: tuple[str, ...] = ()
     format: int = FORMAT
 
+    @classmethod
+    def parse(cls, data: bytes, modality: str, shard: int) -> Commit:
+        """The record of a cell; ValueError when the bytes are not what is written for it, edited by hand perhaps.
+
+        A file outside of the root is refused: whoever may write a record would choose what is read, or deleted.
+        """
+        path = record_path(modality, shard)
+        try:
+            record = json.loads(data)
+            made = cls(**{**record, "keys": tuple(record["keys"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is no commit record: {type(error).__name__}: {error}") from error
+        for name, value in vars(made).items():
+            kind = _FIELDS[name]
+            if type(value) is not kind or (name in _TEXTS and not all(type(v) is str for v in _texts(value))):
+                raise ValueError(f"{path}: {name} is {value!r:.80}, expected {_TEXTS.get(name, kind.__name__)}")
+        if (made.modality, made.shard, made.format) != (modality, shard, FORMAT):
+            found = f"{made.modality}/{shard_name(made.shard)} in format {made.format}"
+            raise ValueError(f"{path} is the record of {found}, expected its own cell in format {FORMAT}")
+        if made.file.startswith("/") or {"", ".", ".."} & set(made.file.split("/")) or "\0" in made.file:
+            raise ValueError(f"{path}: file is {made.file!r}, expected a path below the root")
+        return made
+
+
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("modality", "spec", "file", "sha256", "keys_sha256"), str),
+    **dict.fromkeys(("shard", "num_bytes", "num_samples", "format"), int),
+    **dict.fromkeys(("invalid", "provenance"), dict),
+    "keys": tuple,
+}
+_TEXTS = {"keys": "a list of texts", "invalid": "an object of texts"}
+
+
+def _texts(value: Any) -> Iterable[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else value
+
 
 @dataclass(frozen=True)
 class Quarantined:
@@ -138,12 +174,12 @@ class Dataset:
         return [int(n[6:-5]) for n in self.store.files(f"commits/{modality}") if n.endswith(".json")]
 
     def commit(self, modality: str, shard: int) -> Commit | None:
-        """The commit record of a cell, or None when it is not committed."""
+        """The commit record of a cell, or None when it is not committed; ValueError when it is none."""
         try:
-            record = json.loads(self.store.read(record_path(modality, shard)))
+            data = self.store.read(record_path(modality, shard))
         except FileNotFoundError:
             return None
-        return Commit(**{**record, "keys": tuple(record["keys"])})
+        return Commit.parse(data, modality, shard)
 
     def keys(self, shard: int) -> tuple[str, ...]:
         """The ordered keys of a shard, as its rgb commit record lists them."""
