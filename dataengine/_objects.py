@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dataengine._patience import Passing, StoreError, code, patiently, status
@@ -20,6 +21,9 @@ small beside its transfer; what fits into one is read by one request. S3 takes n
 
 PARALLEL = 8
 """Requests in flight for one object: a connection to S3 carries 50-90 MB/s, a network card of a GPU node several."""
+
+_PIECEMEAL = {"ftp", "sftp", "ssh", "smb", "hdfs", "webhdfs", "webdav", "http", "https", "zip", "tar", "github", "git"}
+"""Where a file grows under its name, or none can be written: nobody could tell a cut one from a whole one."""
 
 _conditional: dict[tuple[str, str], bool] = {}
 _probing = threading.Lock()
@@ -70,14 +74,14 @@ class Filesystem:
         except FileNotFoundError:
             return False
 
+    def tag(self, path: str) -> str:
+        """The tag that `entries` gives; FileNotFoundError when there is no such object."""
+        return _tag(self._call("looking for", path, self._fs.info))
+
     def entries(self, folder: str) -> list[Entry]:
         """The objects directly in a folder, by name."""
-        marks = ("etag", "ETag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
-        return sorted(
-            Entry(_last(e), int(e["size"] or 0), " ".join([str(e["size"]), *(str(e[m]) for m in marks if m in e)]))
-            for e in self._list(folder)
-            if e["type"] == "file"
-        )
+        found = (e for e in self._list(folder) if e["type"] == "file")
+        return sorted(Entry(_last(e), int(e["size"] or 0), _tag(e)) for e in found)
 
     def files(self, folder: str) -> list[str]:
         """The names of `entries`."""
@@ -94,6 +98,7 @@ class Filesystem:
 
     def publish(self, path: str, data: bytes) -> bool:
         """An exclusive put where the filesystem has one, else a put after a look, read back."""
+        self._check_whole()
         failed = False
 
         def create(full: str) -> bool:
@@ -116,6 +121,7 @@ class Filesystem:
 
     def put(self, path: str, data: bytes) -> None:
         """One put."""
+        self._check_whole()
         self._call("writing", path, lambda full: self._fs.pipe_file(full, data))
 
     def remove(self, path: str) -> None:
@@ -133,6 +139,14 @@ class Filesystem:
     def abort_uploads(self, under: str = "", older: float = 0.0) -> list[str]:
         """No other filesystem shows its unfinished uploads."""
         return []
+
+    def _check_whole(self) -> None:
+        protocol = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        if protocol & _PIECEMEAL:
+            raise StoreError(
+                f"writing to {self._name} failed: {min(protocol)} cannot make an object appear at once; "
+                "mount it as a folder, or use an object store"
+            )
 
     def _try_create(self, path: str) -> bool:
         try:
@@ -173,7 +187,8 @@ def _probe(name: str, create: Callable[[str], bool], remove: Callable[[str], Non
         if not (isinstance(error, NotImplementedError) or _not_implemented(error)):
             raise
         heeded = False
-    remove(path)
+    with suppress(StoreError):  # who may write may not be allowed to delete
+        remove(path)
     if not heeded:
         log.warning(
             "%s has no conditional put: of two processes that write one object at once, the later one wins, "
@@ -196,6 +211,12 @@ def completed(futures: Sequence[Future[Any]]) -> list[Any]:
         for future in futures:
             future.cancel()
         raise
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    """What changes with the object: filesystems name it differently."""
+    marks = ("etag", "ETag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
+    return " ".join([str(entry["size"]), *(str(entry[m]) for m in marks if m in entry)])
 
 
 def _last(entry: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ _ADVICE = {
     errno.EPERM: "not permitted: run as a user who may write there, or use another root",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
     errno.EIO: "the disk reports a fault",
-    errno.ENOTDIR: "a file stands where a folder is needed",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed"),
 }
 
 
@@ -94,11 +94,11 @@ def patiently(operation: str, name: str, call: Callable[[], T]) -> T:
     )
     try:
         return retrying(call)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "is not there", redacted(name)) from _shown(error)
     except (FileExistsError, StoreError, Changed):
         raise
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not passing(error):
+            raise FileNotFoundError(errno.ENOENT, "is not there", redacted(name)) from _shown(error)
         times = retrying.statistics.get("attempt_number", 1)
         raise _told(operation, name, error, f" (tried {times} times)" if times > 1 else "") from _shown(error)
 
@@ -109,7 +109,7 @@ def _failed(state: tenacity.RetryCallState) -> tuple[int, str]:
 
 
 def _told(operation: str, name: str, error: BaseException, tried: str = "") -> StoreError:
-    number = error.errno if isinstance(error, OSError) and status(error) is None else None
+    number = error.errno if isinstance(error, OSError) and error.__cause__ is None else None
     advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
     cause = redacted(error) or type(error).__name__
     return StoreError(f"{operation} {redacted(name)} failed{tried}: {type(error).__name__}: {cause}{advice}", number)
@@ -127,7 +127,10 @@ def _shown(error: BaseException) -> BaseException | None:
 
 def passing(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
-    if isinstance(error, (FileNotFoundError, FileExistsError, StoreError, Changed)):
+    if isinstance(error, FileNotFoundError):
+        # fsspec's filesystem of web servers says so of every failure, and of what kind it was by the cause.
+        return error.__cause__ is not None and passing(error.__cause__)
+    if isinstance(error, (FileExistsError, StoreError, Changed)):
         return False
     if status(error) is not None and not isinstance(error, Passing):
         return status(error) in _PASSING_STATUS or code(error) in _PASSING_CODES

@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 HIDDEN = "***"
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]+")
-# Between :// and @, before the first slash; a password may hold slashes (AWS secrets do), a port is digits alone.
-_PASSWORD = re.compile(r"://(?![^/@:]*:\d+(?:/|$))[^/@:]*:[^@]*@(?:[^/@]*@)*")
+# Before the first slash stand a user and, after a colon, a password, which may hold slashes itself: AWS secrets do.
+_PASSWORD = re.compile(r"://(?!arn:)[^/@:]*:[^@]*@(?:[^/@]*@)*")
 _USER = re.compile(r"://[^/@:]+@")
+_HOST = re.compile(r"://(?:\[[^\]/@]*\]|[^/@:]*)(?::\d+)?(?:[/?#]|$)")  # with its port, and no user before it
 _VALUE = re.compile(r"([?&#;][^=&#;\s]*=)[^&#;\s]*")
 _PAIR = re.compile(
     r"(?i)\b(aws_secret_access_key|aws_session_token|secret_?(?:access_?)?key|session_?token|access_?token|api_?key"
@@ -38,10 +39,15 @@ def redacted(text: object) -> str:
 
 
 def _hidden(url: str) -> str:
-    shown = _PASSWORD.sub(f"://{HIDDEN}@", url, count=1)
-    if shown == url and url.partition("://")[0].lower() not in _CONTAINER_AT_ACCOUNT:
-        shown = _USER.sub(f"://{HIDDEN}@", url, count=1)
-    return _VALUE.sub(rf"\1{HIDDEN}", shown)
+    scheme = url.partition("://")[0].rpartition("::")[2].lower()
+    # A bucket has no port: digits after its colon are a secret that begins with them.
+    host = _HOST.search(url)
+    if host is None or (scheme in _IN_ENVIRONMENT and ":" in host[0][3:]):
+        shown = _PASSWORD.sub(f"://{HIDDEN}@", url, count=1)
+        if shown == url and scheme not in _CONTAINER_AT_ACCOUNT:
+            shown = _USER.sub(f"://{HIDDEN}@", url, count=1)
+        url = shown
+    return _VALUE.sub(rf"\1{HIDDEN}", url)
 
 
 def check_credentials(url: str | Path) -> None:
@@ -56,8 +62,10 @@ def check_credentials(url: str | Path) -> None:
 
 
 def check_root(url: str | Path) -> None:
-    """ValueError for a URL that cannot be a dataset root: with a query, every path in it would be another URL."""
+    """ValueError for a URL that cannot be a dataset root: chained, or with a query."""
     check_credentials(url)
+    if "::" in str(url):
+        raise ValueError(f"{redacted(url)}: a dataset root is a plain URL, no chain of them")
     if "://" in str(url) and urlsplit(str(url)).query:
         raise ValueError(
             f"{redacted(url)}: a dataset root has no ?query; give signatures and tokens in the environment of its store"

@@ -94,6 +94,10 @@ class Bucket:
             return False
         return True
 
+    def tag(self, path: str) -> str:
+        """The tag that `entries` gives; FileNotFoundError when there is no such object."""
+        return str(self._head(path)["ETag"])
+
     def entries(self, folder: str) -> list[Entry]:
         """The objects directly in a folder, by name."""
         return sorted(self._list(f"{folder}/".lstrip("/"), "/")[0])
@@ -127,9 +131,11 @@ class Bucket:
             try:
                 page = self._call(operation, path, self._s3, method, None, **options, **more)
             except FileNotFoundError:  # no such bucket
+                if more:
+                    raise
                 return
             yield page
-            if not page.get("IsPassing"):
+            if not page.get("IsTruncated"):
                 return
             names = {"NextContinuationToken": "ContinuationToken", "NextKeyMarker": "KeyMarker"}
             names["NextUploadIdMarker"] = "UploadIdMarker"

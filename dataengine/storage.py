@@ -97,8 +97,11 @@ class Store:
             return None
 
     def local_path(self, path: str) -> Path:
-        """A file of this machine with the object's bytes: itself on a local disk, else a cached copy."""
-        return Path(self.base, path) if self.local else cached(f"{self.url}/{path}")
+        """A file of this machine with the object's bytes: itself on a disk, else a cached copy of this version."""
+        if isinstance(self._objects, Disk):
+            return Path(self.base, path)
+        target = _cache_path(f"{self.url}/{path}", self._objects.tag(path))
+        return target if target.exists() else _filled(target, iter([self.read(path)]))
 
     def exists(self, path: str) -> bool:
         """Whether an object of this name is there, asked of the store and not of a cache."""
@@ -241,20 +244,32 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def cached(url: str, download: bool = True) -> Path:
     """A local copy of a remote file, kept in the user's cache; FileNotFoundError when it may not be downloaded."""
+    target = _cache_path(url)
+    if target.exists():
+        return target
+    if not download:
+        raise FileNotFoundError(f"{redacted(url)} is not on this machine, and downloads are off")
+    with open_url(url) as source:
+        return _filled(target, iter(lambda: source.read(1 << 22), b""))
+
+
+def _cache_path(url: str, tag: str = "") -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dataengine"
-    target = base / hashlib.sha256(url.encode()).hexdigest()[:24] / url.rsplit("/", 1)[-1]
-    if not target.exists():
-        if not download:
-            raise FileNotFoundError(f"{redacted(url)} is not on this machine, and downloads are off")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".partial")  # others may be fetching it, too
-        try:
-            with open_url(url) as source, os.fdopen(handle, "wb") as sink:
-                while block := source.read(1 << 22):
-                    sink.write(block)
-                os.fchmod(handle, 0o644)
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
+    name = url.partition("?")[0].rsplit("/", 1)[-1]  # a query may be a secret
+    return base / hashlib.sha256(f"{url}{tag and chr(10)}{tag}".encode()).hexdigest()[:24] / name
+
+
+def _filled(target: Path, blocks: Iterator[bytes]) -> Path:
+    """The file with these bytes, which appears when it is whole; others may be making it at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as sink:
+            for block in blocks:
+                sink.write(block)
+            os.fchmod(handle, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
     return target

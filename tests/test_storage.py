@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dataengine import local, storage, validate
+from dataengine import _objects, local, storage, validate
 from dataengine.ingest import IngestSettings, prepare
 from dataengine.manifest import Conflict, Dataset, Plan
 from dataengine.plan import plan_labels
-from dataengine.storage import Store
+from dataengine.storage import Store, StoreError
 from tests.fakes import Inverted, Threshold, ingested, tree, write_images
+from tests.faulty_s3 import s3_server
 
 # botocore and moto still use names that newer Pythons and libraries deprecate.
 pytestmark = [
@@ -27,20 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket on an S3 server of this process."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        boto3.client("s3").create_bucket(Bucket="corpus")
+    with s3_server("corpus"):
         yield "s3://corpus"
-    server.stop()
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -99,18 +88,6 @@ def test_of_many_writers_at_once_one_wins(store: Store) -> None:
     assert store.read("cell.tar") == bytes([won.index(True)]) * 1000
 
 
-def test_an_interrupted_write_leaves_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path)
-
-    def broken(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
-        store.publish("a.tar", b"x" * 100)
-    assert not (tmp_path / "a.tar").exists()
-
-
 def label(dataset: Dataset, labelers: Sequence[Threshold | Inverted]) -> None:
     plan = plan_labels(dataset, ["sam_edge"], labelers)
     local.run(plan.group(dataset.store.url), plan.tasks, workers=1, device="cpu", on_report=lambda r: None)
@@ -155,12 +132,38 @@ def test_a_plan_is_written_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "root/plan.json").read_text())["seed"] == 0
 
 
-def test_a_file_system_without_nameless_files_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("os.O_TMPFILE")
-    store = Store(tmp_path)
-    assert store.publish("a/b.txt", b"first")
-    assert not store.publish("a/b.txt", b"second")
-    assert (store.read("a/b.txt"), store.files("a/.staging")) == (b"first", [])
-    (tmp_path / "a/.staging/left.over").write_bytes(b"half")
-    (tmp_path / "plan.json").write_text("{}")
-    assert Dataset(tmp_path).orphans() == ["a/.staging/left.over", "a/b.txt"]
+@pytest.fixture
+def memory() -> Iterator[str]:
+    import fsspec
+
+    yield "memory://bucket/root"
+    fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("heeded", [True, False])
+def test_any_other_filesystem_serves_and_is_found_out(
+    heeded: bool, memory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_objects, "RANGE", 1000)
+    _objects._conditional.clear()
+    if not heeded:
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        whole = MemoryFileSystem.pipe_file
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda fs, path, value, mode="": whole(fs, path, value))
+    store = Store(memory)
+    assert [store.publish("a/b.tar", b"1" * 2500), store.publish("a/b.tar", b"2")] == [True, False]
+    assert store.read("a/b.tar") == b"1" * 2500
+    store.put("a/c", b"3")
+    store.put("a/c", b"4")
+    assert [(e.name, e.size) for e in store.entries("a")] == [("b.tar", 2500), ("c", 1)]
+    assert list(store.read_many(["a/c", "a/d"])) == [("a/c", b"4"), ("a/d", None)]
+    assert (store.folders(""), list(store.find())) == (["a"], ["a/b.tar", "a/c"])
+    store.remove_many(["a/b.tar", "a/c", "a/d"])
+    assert (list(store.find()), store.exists("a/c"), store.abort_uploads(older=0)) == ([], False, [])
+    assert ["no conditional put" in r.getMessage() for r in caplog.records] == ([] if heeded else [True])
+
+
+def test_a_filesystem_where_files_grow_under_their_name_is_refused() -> None:
+    with pytest.raises(StoreError, match=r"https? cannot make an object appear at once"):
+        Store("https://127.0.0.1:1/root").put("status.json", b"{}")
