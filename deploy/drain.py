@@ -1,7 +1,7 @@
 """Tell Ray that this node is about to end, so that the work on it is finished or handed on before it does.
 
-    python drain.py now --seconds 45      # the node ends in 45 seconds: Kubernetes' preStop hook, a person
-    python drain.py watch                 # wait for EC2's notice that this spot machine is taken back, then do that
+    python drain.py watch                 # wait for EC2's notice that this spot machine is taken back, then drain it
+    python drain.py now --seconds 45      # drain it at once: for a person, or a provider with another kind of notice
 
 A draining node takes no new work. Its workers see it, finish or spill the batch they are at and give their shard back;
 once the node has nothing left to do it leaves the cluster by itself, and what it did is not lost.
@@ -16,11 +16,10 @@ import sys
 import time
 from typing import Annotated
 
-import ray
 import requests
 import tenacity
 import typer
-from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._private.services import canonicalize_bootstrap_address_or_die, get_node_ip_address
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 
@@ -45,9 +44,11 @@ def now(
     node: Node = "",
 ) -> None:
     """Drain this node and wait until it has left the cluster; exit 1 when it had not after so many seconds."""
-    gcs = GcsClient(address=canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS")))
     ends = time.time() + seconds
-    node = node or _this_node(gcs)
+    address = canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS"))
+    gcs = GcsClient(address=address)
+    # The address that `ray start` gave this node: the one from which it reaches the head.
+    node = node or _only_node_at(get_node_ip_address(address), gcs)
     # The same call as the hidden command `ray drain-node`, which cannot find its own node's id from outside a job.
     accepted, refusal = gcs.drain_node(
         node, autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), why, int(ends * 1000)
@@ -109,8 +110,7 @@ def _alive(gcs: GcsClient) -> dict[str, str]:
     }
 
 
-def _this_node(gcs: GcsClient) -> str:
-    here = ray.util.get_node_ip_address()
+def _only_node_at(here: str, gcs: GcsClient) -> str:
     found = [node for node, address in _alive(gcs).items() if address == here]
     if len(found) != 1:
         sys.exit(f"expected one Ray node at {here}, found {len(found)}: {found}; say which with --node")
