@@ -8,8 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,26 +18,39 @@ from dataengine.storage import Store, StoreError
 from tests.fakes import Inverted, Threshold, ingested, tree
 from tests.test_storage import label
 
+ROOT = Path(__file__).parents[1]
 
-def without_nameless_files() -> None:
+
+WRITER = """
+import os, sys
+from dataengine.storage import Store
+root, mine, nameless = sys.argv[1:]
+if nameless == "named":
     del os.O_TMPFILE
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(int(Store(root).publish(f"depth/{i:02d}.tar", mine.encode() * (1 + i * 1000))) for i in range(40)))
+"""
 
 
-def publish_all(root: str, mine: bytes) -> list[bool]:
-    return [Store(root).publish(f"depth/{i:02d}.tar", mine * (1 + i * 1000)) for i in range(40)]
-
-
-@pytest.mark.parametrize("nameless", [True, False])
-def test_of_many_processes_on_one_disk_one_wins_each_file(nameless: bool, tmp_path: Path) -> None:
-    processes = ProcessPoolExecutor(4, get_context("spawn"), None if nameless else without_nameless_files)
-    with processes:
-        writers = [b"a", b"b", b"c", b"d"]
-        won = list(processes.map(publish_all, [str(tmp_path)] * 4, writers))
+@pytest.mark.parametrize("how", ["nameless", "named"])
+def test_of_many_processes_on_one_disk_one_wins_each_file(how: str, tmp_path: Path) -> None:
+    """With files that have no name until they are linked, and with names in `.staging/` where the disk has no such."""
+    writers = ["a", "b", "c"]
+    commands = [[sys.executable, "-c", WRITER, str(tmp_path), w, how] for w in writers]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(c, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for c in commands]
+    assert [p.stdout.readline() for p in processes if p.stdout] == ["ready\n"] * 3
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    won = [[int(n) for n in p.communicate()[0].split()] for p in processes]
     assert [sum(each) for each in zip(*won, strict=True)] == [1] * 40
     for i in range(40):
         (winner,) = [w for w, each in zip(writers, won, strict=True) if each[i]]
-        assert (tmp_path / f"depth/{i:02d}.tar").read_bytes() == winner * (1 + i * 1000)
-    assert [p.name for p in (tmp_path / "depth").iterdir() if p.is_dir()] == ([] if nameless else [".staging"])
+        assert (tmp_path / f"depth/{i:02d}.tar").read_bytes() == winner.encode() * (1 + i * 1000)
+    assert [p.name for p in (tmp_path / "depth").iterdir() if p.is_dir()] == [".staging"] * (how == "named")
     assert len(list(Store(tmp_path).find())) == 40
 
 
@@ -136,7 +147,5 @@ def test_a_full_or_read_only_disk_is_told_and_the_run_resumes(tmp_path: Path) ->
     if possible.returncode:
         pytest.skip(f"no mount namespace can be had here: {possible.stderr.strip()}")
     body = f"from tests.test_disk import on_a_full_and_a_read_only_disk as body; body({str(tmp_path)!r})"
-    done = subprocess.run(
-        [*namespace, sys.executable, "-c", body], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+    done = subprocess.run([*namespace, sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
