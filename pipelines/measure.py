@@ -25,7 +25,7 @@ MAX_BATCH = 256
 MAX_MEMORY = 0.8
 """Growing ends when a batch takes this part of the device's memory, or this many seconds."""
 MAX_SECONDS = 10.0
-STEADY_SECONDS = 1.0
+STEADY_SECONDS = 0.5
 """Batches of one size go on this long, or for three batches, whichever ends first."""
 
 

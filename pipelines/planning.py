@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -17,6 +18,7 @@ from dataengine.measured import Measured
 from dataengine.plan import LabelPlan
 from dataengine.schedule import Stage
 from pipelines import preflight
+from pipelines.label import pick_device
 from pipelines.measure import device_name
 
 
@@ -82,6 +84,13 @@ def this_machine(device: str) -> Node:
     gpus = _gpus() if device.startswith("cuda") else []
     memory = int(psutil.virtual_memory().total)
     return Node(cpus=os.cpu_count() or 1, gpus=len(gpus), gpu_bytes=min(gpus, default=0), memory_bytes=memory)
+
+
+def likely_device(wanted: str) -> str:
+    """The device that `auto` will be, without importing torch where there is no driver of a GPU to be seen."""
+    if wanted == "auto" and not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")):
+        return "cpu"
+    return pick_device(wanted)
 
 
 def _gpus() -> list[int]:

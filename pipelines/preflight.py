@@ -28,7 +28,7 @@ from dataengine.sample import Sample
 from dataengine.work import Report, Task, Work
 from pipelines.measure import device_name, measure_and_label, pixels
 
-IMAGES = 16
+IMAGES = 8
 """Images of the dataset that are measured on; larger batches repeat them."""
 NEAR_PIXELS = 2.0
 """A kept measurement is for images of up to this factor more or fewer pixels."""
