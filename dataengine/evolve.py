@@ -167,18 +167,11 @@ def _spec_as(dataset: Dataset, record: Commit, new: str) -> str | None:
 
 
 def _same_kind(old: str, new: str) -> None:
-    a, b = modalities.load(old), modalities.load(new)
-    names = [versionless(name) for name in (old, new)]
-    if type(a) is not type(b) or names[0] != names[1]:
+    names = [modalities.split(name)[0] for name in (old, new)]
+    if names[0] != names[1]:
         raise ValueError(
             f"{new} would be read as {names[1]}, and {old} holds {names[0]}: expected a name like {names[0]}@v2"
         )
-
-
-def versionless(column: str) -> str:
-    """The modality of a column without the column's version: `depth` of `depth@v2`, `tok_depth@64` as it is."""
-    stem, _, last = column.rpartition("@")
-    return column if not stem or last.isdigit() else stem
 
 
 def made_from(dataset: Dataset) -> Mapping[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataengine import modalities
-from dataengine.evolve import PACKED, existing, versionless
+from dataengine.evolve import PACKED, existing
 from dataengine.index import Index
 from dataengine.manifest import Dataset, ingested_first
 from dataengine.shards import shard_name
@@ -207,7 +207,7 @@ def render(found: dict[str, Any], name: str = "") -> str:
     data = DatasetCardData(
         pretty_name=pretty,
         size_categories=[_size_category(found["num_images"])],
-        task_categories=sorted({_TASKS[m] for c in real if (m := versionless(c)) in _TASKS}),
+        task_categories=sorted({_TASKS[m] for c in real if (m := modalities.split(c)[0]) in _TASKS}),
         tags=["webdataset", "multimodal", "pseudo-labels", *(["random-weights"] if found["random"] else [])],
         **_hub_licence(found["licence"], found["licence_terms"]),
     )

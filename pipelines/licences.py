@@ -13,6 +13,7 @@ from dataengine import evolve, plugins, weights
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.storage import redacted
+from dataengine.versions import Versioned
 
 Terms = Literal["free", "conditional", "inherited", "unknown", "forbidden"]
 """free: use at will; conditional: commercial use under conditions; inherited: that of its training data; forbidden: no
@@ -93,11 +94,12 @@ def refuse_restricted(labelers: Sequence[Labeler], dataset: Dataset | None = Non
     """
     refused = []
     for labeler in labelers:
-        checkpoint, licence, found = _weights_terms(labeler)
+        own = labeler.inner if isinstance(labeler, Versioned) else labeler
+        checkpoint, licence, found = _weights_terms(own)
         if found not in ("free", "conditional"):
             refused.append(
                 f"{labeler.name} ({', '.join(labeler.emits)}) with {redacted(checkpoint)}, {_said(licence, found)}; "
-                + _remedy(labeler, checkpoint, found)
+                + _remedy(own, checkpoint, found)
             )
     if dataset is not None:
         made = {m for labeler in labelers for m in labeler.emits}

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from dataengine import evolve, modalities, validate
+from dataengine import evolve, validate
 from dataengine.export import export, layout
 from dataengine.manifest import Conflict, Dataset
+from dataengine.versions import Versioned
 from tests.fakes import Inverted, Threshold, ingested, tree
 from tests.instants import Killed, at_every_instant, killed_before, label
 
@@ -24,15 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture
-def versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        modalities.load("depth@v2")
-    except ValueError:
-        inner = modalities.load
-        monkeypatch.setattr(modalities, "load", lambda n: inner(n if "/" in n else evolve.versionless(n)))
 
 
 @pytest.fixture
@@ -104,7 +97,7 @@ def test_a_drop_forgets_what_was_made_from_a_column_before_the_column(labelled: 
     assert validate.verify(Dataset(root)) == []
 
 
-def test_a_renamed_column_is_known_to_the_labeler_that_made_it(versions: None, labelled: Callable[[str], Path]) -> None:
+def test_a_renamed_column_is_known_to_the_labeler_that_made_it(labelled: Callable[[str], Path]) -> None:
     root = labelled("root")
     dataset, before = Dataset(root), tree(root)
     evolve.drop(dataset, ["sam_edge"])
@@ -124,20 +117,28 @@ def test_a_renamed_column_is_known_to_the_labeler_that_made_it(versions: None, l
     assert evolve.rename(dataset, "canny_edge@old", "canny_edge") == 0
 
 
-def test_a_new_version_takes_the_place_of_the_old_one(versions: None, tmp_path: Path) -> None:
+def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     dataset = ingested(tmp_path)
-    label(dataset, ["canny_edge"], Threshold(level=30))
-    evolve.rename(dataset, "canny_edge", "canny_edge@v2")
     label(dataset, ["canny_edge"], Threshold())
+    better = Threshold(level=30)
+    label(dataset, ["canny_edge@v2"], Versioned(inner=better, column_version="v2"))
     with pytest.raises(Conflict, match=r"canny_edge/shard-00000.tar is there and is not canny_edge@v2's"):
         evolve.rename(dataset, "canny_edge@v2", "canny_edge")
     evolve.drop(dataset, ["canny_edge"])
     evolve.rename(dataset, "canny_edge@v2", "canny_edge")
-    assert label(dataset, ["canny_edge"], Threshold(level=30)) == 0
+    assert label(dataset, ["canny_edge"], better) == 0
+    with pytest.raises(Conflict):
+        label(dataset, ["canny_edge"], Threshold())
     assert dataset.orphans() == []
+    # But for the former name, all is as if it had been made under the new one.
+    other = ingested(tmp_path, name="other")
+    label(other, ["canny_edge"], better)
+    for shard in range(3):
+        record, made = (evolve.existing(d, "canny_edge", shard) for d in (dataset, other))
+        assert record == replace(made, provenance={**made.provenance, "renamed": ["canny_edge@v2"]})
 
 
-def test_a_renaming_that_would_mislead_is_refused(versions: None, labelled: Callable[[str], Path]) -> None:
+def test_a_renaming_that_would_mislead_is_refused(labelled: Callable[[str], Path]) -> None:
     root = labelled("root")
     dataset, before = Dataset(root), tree(root)
     for old, new, said in (
@@ -160,9 +161,7 @@ def test_a_renaming_that_would_mislead_is_refused(versions: None, labelled: Call
     assert validate.verify(dataset) == []
 
 
-def test_a_renaming_killed_at_any_instant_is_completed_by_the_same_call(
-    versions: None, labelled: Callable[[str], Path]
-) -> None:
+def test_a_renaming_killed_at_any_instant_is_completed_by_the_same_call(labelled: Callable[[str], Path]) -> None:
     def rename(root: Path) -> None:
         dataset = Dataset(root)
         evolve.rename(dataset, "sam_edge", "sam_edge@v2")
@@ -176,9 +175,7 @@ def test_a_renaming_killed_at_any_instant_is_completed_by_the_same_call(
     assert at_every_instant(make, rename) == 3 * (3 + 2) + 1
 
 
-def test_at_every_instant_of_a_renaming_one_of_the_names_is_whole(
-    versions: None, labelled: Callable[[str], Path]
-) -> None:
+def test_at_every_instant_of_a_renaming_one_of_the_names_is_whole(labelled: Callable[[str], Path]) -> None:
     for step in range(15):
         dataset = Dataset(labelled(f"root{step}"))
         with killed_before(step), pytest.raises(Killed):

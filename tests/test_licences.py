@@ -12,6 +12,7 @@ import pytest
 
 from dataengine import plugins, weights
 from dataengine.labeler import Labeler
+from dataengine.versions import Versioned
 from dataengine.weights import Weights
 from labelers.sam import Sam
 from pipelines.licences import PUBLISHED, conditions, refuse_restricted, stand_ins, terms
@@ -99,6 +100,9 @@ def test_weights_that_forbid_commercial_use_are_refused_and_what_could_stand_in_
     said = refusal(DepthNetwork())
     assert "(depth, normal)" in said
     assert "none yet could stand in" in said
+    said = refusal(Versioned(inner=Licensed(), column_version="v2"))
+    assert "(canny_edge@v2) with somebody/their-weights, whose licence, CC-BY-NC-4.0" in said
+    assert "could stand in: canny_edge for canny_edge" in said
     said = refusal(DepthNetwork(checkpoint="depth-anything/Depth-Anything-V2-Large-hf", licence="Apache-2.0"))
     assert "CC-BY-NC-4.0, forbids commercial use" in said
 
