@@ -37,6 +37,10 @@ class Meters(Protocol):
         """Take the values of the metrics as they are now."""
 
 
+def _why(error: BaseException | None) -> dict[str, str]:
+    return {} if error is None else {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
 class Monitor:
     """Shows, logs and reports a run while the context is open; `on_event` takes what happens.
 
@@ -113,9 +117,9 @@ class Monitor:
         now = self._clock()
         if self.state.ended is None:
             # However it ended, its log says so: only a killed driver leaves a run without an end.
-            why = {} if error is None else {"error": f"{type(error).__name__}: {error}"[:500]}
-            self.on_event(Event(now, "end", values=why))
+            self.on_event(Event(now, "end", values=_why(error)))
         with self._lock:
+            self.state.summary |= _why(error)
             self.report = self._build(now)
         if self._thread is not None and self._thread.is_alive():
             self._console.print("the store does not answer: the log and report of this run are not complete")

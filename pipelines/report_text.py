@@ -11,13 +11,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.table import duration, number, percent, rate
+from pipelines.table import duration, number, percent, rate, readable
 
 MAX_SHOWN = 8
 
 
 def printed(report: Mapping[str, Any]) -> Padding:
     """The report, to be printed on a console of 80 columns or more."""
+    report = readable(report)
     parts: list[Any] = [_verdict(report), "", _stages(report)]
     if report["time"]:
         parts += ["", _time(report)]

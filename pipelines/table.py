@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.live import Prices, RunState, as_json
+from pipelines.visible import visible
 
 MAX_NODES, MAX_NOTES = 6, 3
 SILENT = 30.0
@@ -30,7 +31,7 @@ class View:
     """A run's JSON form as a table for people; it fits the width it is given, from 80 columns."""
 
     def __init__(self, status: Mapping[str, Any], silent: float = 0.0) -> None:
-        self._status = status
+        self._status = readable(status)
         self._silent = silent
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -160,6 +161,7 @@ def _notes(s: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
 
 def plain(s: Mapping[str, Any], silent: float = 0.0) -> str:
     """The run in one line, for logs and pipes."""
+    s = readable(s)
     tasks, total = s["tasks"], sum(s["tasks"].values())
     parts = [f"{s.get('what') or 'run'} {percent(s['progress'])}", f"{tasks['done']}/{total} tasks"]
     moving = [x for x in s["stages"] if x["images_per_second"]]
@@ -177,6 +179,15 @@ def plain(s: Mapping[str, Any], silent: float = 0.0) -> str:
     parts += [f"cost {s['cost']:,.2f}"] if s["cost"] is not None else []
     parts += [f"no news for {duration(silent)}"] if silent > SILENT and not s["ended"] else []
     return ", ".join(parts)
+
+
+def readable(value: Any) -> Any:
+    """The same values with every text safe to print in a row: reasons, causes and names are other people's words."""
+    if isinstance(value, str):
+        return visible(value.replace("\n", " ").replace("\t", " "))
+    if isinstance(value, Mapping):
+        return {readable(key): readable(inner) for key, inner in value.items()}
+    return [readable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def duration(seconds: float | None) -> str:

@@ -19,6 +19,7 @@ from pipelines.cli import Json, Root, app, exits
 from pipelines.live import Prices, RunState, as_json
 from pipelines.report_text import printed
 from pipelines.table import View, plain
+from pipelines.visible import SafeConsole
 
 LOOK_SECONDS = 2.0
 LINE_SECONDS = 30.0
@@ -39,7 +40,7 @@ def watch(
     """The live table of a run, from any terminal that can read the dataset; Ctrl-C leaves, and the run goes on."""
     store = Store(root)
     run = pick(store, run)
-    console = Console()
+    console = SafeConsole()
     live = console.is_terminal and not console.is_dumb_terminal and not once and not as_json
     try:
         if live:
@@ -72,7 +73,7 @@ def report(
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
-        Console().print(printed(found))
+        SafeConsole().print(printed(found))
 
 
 def pick(store: Store, run: str) -> str:

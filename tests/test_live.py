@@ -16,6 +16,8 @@ from dataengine.eventlog import from_line, to_line
 from dataengine.events import KINDS, Event
 from dataengine.work import CellReport, Report
 from pipelines.live import Prices, RunState, as_json, kind_of
+from pipelines.report import build
+from pipelines.report_text import printed
 from pipelines.table import View, duration, plain, table
 from tests.simulated import ROWS, T0, declared, report, reported, simulate, steady
 
@@ -347,9 +349,16 @@ def test_a_view_says_when_the_news_stop() -> None:
 def test_text_from_outside_is_shown_as_it_is() -> None:
     log = [Event(T0, "run", values={"what": "[red]x[/red]"}), declared("[bold]", 1)]
     log.append(Event(T0 + 1, "failed", "[bold]", "w", "n", 0, None, {"cause": "[link=http://x]click[/link]"}))
-    shown = "\n".join(drawn(table(RunState.of(log), T0 + 2), 140))
-    for text in ("[red]x[/red]", "[bold]", "[link=http://x]click[/link]"):
+    hostile = "Bad\x1b]0;owned\x07Error: \x1b[2J\nreboot"
+    cell = CellReport("depth\x1b[1m", 1, 1, 1, 1.0, {hostile: 1})
+    log.append(reported(T0 + 1, "[bold]", "w", Report(0, (cell,), 1.0, notes=(hostile,))))
+    state = RunState.of(log)
+    shown = "\n".join(drawn(table(state, T0 + 2), 140))
+    for text in ("[red]x[/red]", "[bold]", "[link=http://x]click[/link]", r"depth\x1b[1m: Bad\x1b]#;owned\x07Error"):
         assert text in shown
+    shown += plain(as_json(state, T0 + 2)) + "\n".join(drawn(printed(build(state, T0 + 2)), 140))
+    assert r"Bad\x1b]0;owned\x07Error: \x1b[2J reboot" in shown
+    assert not set(shown) & {"\x1b", "\x07"}
 
 
 def test_durations_read_well() -> None:

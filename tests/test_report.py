@@ -244,6 +244,11 @@ def test_a_run_that_fails_has_an_end_and_a_reason(tmp_path: Path) -> None:
     assert (last.kind, last.values) == ("end", {"error": "RuntimeError: disk on fire"})
     assert (monitor.report["finished"], monitor.report["complete"]) == (True, False)
     assert "RuntimeError: disk on fire" in shown(printed(monitor.report))
+    # Whoever runs it may have said the end already: the reason is in the report all the same.
+    again = Monitor(Store(tmp_path), "20260101T090001-label-7", quiet(), clock=clock, beat=None)
+    again.on_event(Event(T0, "end", values={"what": "label"}))
+    again.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert again.report["summary"] == {"what": "label", "error": "KeyboardInterrupt: "}
 
 
 def test_nothing_that_looks_on_can_break_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
