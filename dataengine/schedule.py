@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from dataengine.work import Task, Worker
 
@@ -60,10 +61,14 @@ class _Queue:
         self.splits: dict[int, _Split] = {}
         self.running = 0
         self.open = set(self.tasks)  # shards that are neither done nor given up
-        self.rows_waiting = sum(stage.num_rows[s] for s in self.tasks)
+        self.rows_waiting = self.rows_open = sum(stage.num_rows[s] for s in self.tasks)
 
     def push(self, shard: int, place: int = 1) -> None:
         heapq.heappush(self.ready, (place, -self.stage.num_rows[shard], shard))
+
+    def close(self, shard: int) -> None:
+        self.open.remove(shard)
+        self.rows_open -= self.stage.num_rows[shard]
 
     @property
     def can_start(self) -> bool:
@@ -176,8 +181,8 @@ class Schedule:
         for name, queue in self._queues.items():
             most = queue.stage.max_workers if queue.stage.max_workers is not None else 1 << 30
             tasks = queue.running + len(queue.ready) + len(queue.again)
-            if queue.splits or self._splittable(queue):
-                tasks = max(tasks, sum(1 for _ in self._ranges(queue)))
+            # Ranges are counted as far as there is room: of all shards they would take longer than a task ends.
+            tasks = max(tasks, sum(1 for _ in islice(self._ranges(queue), self._room_for(queue.stage, room))))
             limits[name] = min(most, tasks) if queue.can_start else min(most, queue.running, now.get(name, 0))
         while True:
             able = [n for n in wanted if wanted[n] < limits[n] and self._fits(self.stages[n], left)]
@@ -188,8 +193,11 @@ class Schedule:
             left["CPU"] = left.get("CPU", 0.0) - self.stages[best].num_cpus
             left["GPU"] = left.get("GPU", 0.0) - self.stages[best].num_gpus
 
-    def _splittable(self, queue: _Queue) -> bool:
-        return any(-rows >= 2 * queue.stage.window for _, rows, _ in queue.ready)
+    @staticmethod
+    def _room_for(stage: Stage, room: Mapping[str, float]) -> int:
+        """How many workers of a stage the whole cluster would hold."""
+        asked = {"CPU": stage.num_cpus, "GPU": stage.num_gpus}
+        return min((math.ceil(room.get(name, 0.0) / n) for name, n in asked.items() if n > 0), default=1 << 20)
 
     def _ranges(self, queue: _Queue) -> Iterator[int]:
         """One item for every least range of what is ready: more workers than that could not be fed."""
@@ -207,7 +215,7 @@ class Schedule:
 
     def _seconds_open(self, name: str) -> float:
         queue = self._queues[name]
-        return sum(queue.stage.num_rows[s] for s in queue.open) * queue.seconds_per_row
+        return queue.rows_open * queue.seconds_per_row
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class Schedule:
             queue.again.insert(0, split.task)
 
     def _close(self, queue: _Queue, shard: int) -> None:
-        queue.open.discard(shard)
+        queue.close(shard)
         queue.splits.pop(shard, None)
         for other in self._queues.values():
             if queue.stage.name in other.stage.needs and shard in other.blocked:
@@ -264,7 +272,7 @@ class Schedule:
         if shard not in queue.open:
             return []
         name = queue.stage.name
-        queue.open.discard(shard)
+        queue.close(shard)
         queue.rows_waiting -= sum(self._rows(queue, t) for t in queue.again if t.shard == shard)
         queue.again = [t for t in queue.again if t.shard != shard]
         split = queue.splits.pop(shard, None)
