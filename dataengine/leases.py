@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,20 @@ class Leases:
                 record = self.read(f"leases/{folder}/{name}")
                 if record is not None and self.alive(f"leases/{folder}/{name}", record):
                     yield int(folder.rsplit("-", 1)[-1]), frozenset(record["cells"])
+
+    def at_work(self) -> Callable[[str], bool]:
+        """Whether somebody may be at work on what lies under a path: what `gc` must leave alone."""
+        live = {(shard_name(shard), cell) for shard, cells in self.live() for cell in cells}
+        shards = {shard for shard, _ in live}
+
+        def busy(path: str) -> bool:
+            folder, _, rest = path.partition("/")
+            if folder == "leases":
+                return rest.partition("/")[0] in shards
+            column, _, rest = rest.partition("/") if folder == "staging" else (folder, "", rest)
+            return (rest.partition("/")[0].partition(".")[0], column) in live
+
+        return busy
 
     def release(self, lease: Lease) -> None:
         """Give cells back."""
