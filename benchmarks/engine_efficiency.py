@@ -32,6 +32,8 @@ SIZE = (192, 256)
 SHARD_SIZE = 32
 STAGES = {"slow": (_null.Masks, 0.24), "fast": (_null.Features, 0.08)}
 NODES = (1, 3)
+QUICK, FULL = 8, 40
+"""Shards for each node."""
 
 
 def run(*, root: str, logs: str, num_nodes: int, num_shards: int) -> None:
@@ -123,7 +125,6 @@ def figures(root: Path, logs: Path, num_nodes: int, num_shards: int) -> dict[str
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     """How much of its devices' time the engine uses, on one node and on three."""
-    per_node = 8 if quick else 40
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="efficiency-") as folder:
         base = Path(folder)
@@ -134,7 +135,7 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
             for num_nodes in NODES:
                 title = f"{prefix}nodes_{num_nodes}"
                 _report.console.print(f"{title} ...")
-                num_shards = per_node * num_nodes
+                num_shards = (QUICK if quick else FULL) * num_nodes
                 root, logs = base / title / "root", base / title / "logs"
                 logs.mkdir(parents=True)
                 _null.corpus(base / title, num_shards * SHARD_SIZE, SHARD_SIZE, SIZE)
