@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dataengine.events import Event
-from dataengine.storage import Store
+from dataengine.storage import Store, redacted
 
 MAX_WAITING = 100_000
 """Lines kept for a store that does not take them; beyond it the oldest are dropped."""
@@ -46,6 +46,22 @@ def from_line(line: str | bytes) -> tuple[int, Event]:
         return number, Event(**record)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a line of an event log: {str(line)[:80]!r}") from error
+
+
+def without_secrets(event: Event) -> Event:
+    """The event with the secrets of URLs in its texts hidden: errors and settings quote what they were given."""
+    return dataclasses.replace(event, values=_hidden(event.values))
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, str):
+        # Few texts hold what every secret is written with, and most events are told many times a second.
+        return redacted(value) if "=" in value or ":" in value else value
+    if isinstance(value, dict):
+        return {_hidden(key): _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hidden(inner) for inner in value]
+    return _hidden(vars(value)) if dataclasses.is_dataclass(value) else value
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.live import Live
 
-from dataengine.eventlog import EventLog
+from dataengine.eventlog import EventLog, without_secrets
 from dataengine.events import Event
 from dataengine.manifest import Dataset
 from dataengine.storage import Store
@@ -77,6 +77,7 @@ class Monitor:
 
     def on_event(self, event: Event) -> None:
         """Take what happened; from any thread."""
+        event = without_secrets(event)
         with self._lock:
             if event.kind != "usage" or event.time - self._usage.get(event.node, 0.0) >= USAGE_SECONDS:
                 self._log.add(event)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dataengine.manifest import Dataset
+from dataengine.storage import redacted
 from pipelines.live import OTHER, Prices, RunState, as_json, kind_of
 from pipelines.stages import StageState
 
@@ -27,7 +28,7 @@ def examples_of(dataset: Dataset) -> Examples:
 
     def found(modality: str, shard: int, reason: str) -> list[str]:
         commit = dataset.commit(modality, shard)
-        return [] if commit is None else [key for key, why in commit.invalid.items() if why == reason]
+        return [] if commit is None else [key for key, why in commit.invalid.items() if redacted(why) == reason]
 
     return found
 

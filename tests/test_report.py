@@ -27,7 +27,7 @@ from dataengine.events import Event
 from dataengine.plan import plan_labels
 from dataengine.schedule import Stage
 from dataengine.storage import Store
-from dataengine.work import LabelGroup, Task
+from dataengine.work import CellReport, LabelGroup, Report, Task
 from pipelines.live import Prices, RunState
 from pipelines.monitor import Monitor
 from pipelines.report import build, examples_of
@@ -249,6 +249,25 @@ def test_a_run_that_fails_has_an_end_and_a_reason(tmp_path: Path) -> None:
     again.on_event(Event(T0, "end", values={"what": "label"}))
     again.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert again.report["summary"] == {"what": "label", "error": "KeyboardInterrupt: "}
+
+
+def test_no_secret_of_a_url_is_written_or_shown(tmp_path: Path) -> None:
+    secret = "hunter2"
+    url = f"https://me:{secret}@host/models?sig={secret}"
+    cell = CellReport("depth", 1, 1, 1, 1.0, {f"OSError: cannot read {url}": 1})
+    made = Report(0, (cell,), 1.0, notes=(f"retried {url}",))
+    with Monitor(Store(tmp_path), RUN, quiet(), clock=Clock(), beat=None) as monitor:
+        monitor.on_event(Event(T0, "run", values={"what": "label", "recipe": [{"checkpoint": url}]}))
+        monitor.on_event(declared("depth", 2))
+        monitor.on_event(Event(T0, "report", "depth", "w", "", 0, None, vars(made)))
+        monitor.on_event(Event(T0, "failed", "depth", "w", "", 1, None, {"cause": f"OSError: {url}"}))
+        monitor.tick(T0)
+    files = {p.name: p.read_text() for p in (tmp_path / "runs" / RUN).iterdir()}
+    assert set(files) == {"events.jsonl", "status.json", "report.json"}
+    for name, text in files.items():
+        assert secret not in text, name
+        assert "https://***@host/models?sig=***" in text, name
+    assert secret not in shown(printed(monitor.report), 200)
 
 
 def test_nothing_that_looks_on_can_break_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
