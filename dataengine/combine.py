@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dataengine.evolve import copy_cell, each, existing
+from dataengine.evolve import copy_cell, each, existing, records
 from dataengine.manifest import Commit, Dataset, Plan
 from dataengine.shards import shard_name
 
@@ -60,7 +60,7 @@ def merge(
     chosen, left_out = _columns(roots, plans[0].ingested, columns)
     _check_makers(roots, [c for c in chosen if c not in plans[0].ingested])
     parts = [(root, shard) for root, plan in zip(roots, plans, strict=True) for shard in range(plan.num_shards)]
-    _check_keys(parts, sum(plan.num_items for plan in plans))
+    _check_keys(roots, sum(plan.num_items for plan in plans))
     out.write_plan(
         replace(
             plans[0],
@@ -208,7 +208,7 @@ def _maker(record: Commit) -> dict[str, Any]:
     return {**found, "weights": (made.get("weights") or {}).get("sha256")}
 
 
-def _check_keys(parts: Sequence[tuple[Dataset, int]], num_items: int) -> None:
+def _check_keys(roots: Sequence[Dataset], num_items: int) -> None:
     """ValueError when two shards share a key.
 
     Eight bytes a key are held (96 MB for twelve million), by a hash whose few chance meetings are looked into; a key
@@ -216,27 +216,33 @@ def _check_keys(parts: Sequence[tuple[Dataset, int]], num_items: int) -> None:
     """
     hashes = np.empty(num_items, np.uint64)
     count = 0
-    for root, shard in parts:
-        keys = root.keys(shard)
-        if count + len(keys) > num_items:
+    for root, record in _rgb(roots):
+        if count + len(record.keys) > num_items:
             raise ValueError(f"{root.store.name} holds more samples than the {root.plan.num_items} items of its plan")
-        hashes[count : count + len(keys)] = np.fromiter((_hash(k) for k in keys), np.uint64, len(keys))
-        count += len(keys)
+        hashes[count : count + len(record.keys)] = np.fromiter(map(_hash, record.keys), np.uint64, len(record.keys))
+        count += len(record.keys)
     hashes = hashes[:count]
     hashes.sort()
     twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if not len(twice):
         return
     looked, places = set(twice[:_NAMED].tolist()), defaultdict(list)
-    for root, shard in parts:
-        for key in root.keys(shard):
+    for root, record in _rgb(roots):
+        for key in record.keys:
             if _hash(key) in looked:
-                places[key].append(f"{root.store.name}/{shard_name(shard)}")
+                places[key].append(f"{root.store.name}/{shard_name(record.shard)}")
     shared = {key: where for key, where in places.items() if len(where) > 1}
     if shared:
         said = "; ".join(f"{key} in {' and '.join(where)}" for key, where in sorted(shared.items())[:5])
         count = len(shared) if len(twice) <= _NAMED else len(twice)
         raise ValueError(f"{count} keys are not unique, and a key names one sample of a dataset: {said}")
+
+
+def _rgb(roots: Sequence[Dataset]) -> Iterator[tuple[Dataset, Commit]]:
+    """The rgb records of all roots, in order."""
+    for root in roots:
+        for record in records(root, "rgb", range(root.plan.num_shards)):
+            yield root, record
 
 
 def _hash(key: str) -> int:

@@ -6,6 +6,7 @@ under one name or the other.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,16 @@ def existing(dataset: Dataset, column: str, shard: int) -> Commit:
     if record is None:
         raise Conflict(f"{tar_path(column, shard)} vanished: is another program changing {dataset.store.name}?")
     return record
+
+
+def records(dataset: Dataset, column: str, cells: Iterable[int], threads: int = 16) -> Iterator[Commit]:
+    """The commit records of some cells of a column in their order, read in parallel and few of them at a time."""
+    paths = (record_path(column, shard) for shard in cells)
+    for path, data in dataset.store.read_many(paths, threads):
+        if data is None:
+            raise Conflict(f"{path} vanished: is another program changing {dataset.store.name}?")
+        record = json.loads(data)
+        yield Commit(**{**record, "keys": tuple(record["keys"])})
 
 
 def _known(dataset: Dataset, column: str) -> None:

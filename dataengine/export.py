@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dataengine import shards
-from dataengine.evolve import PACKED, existing
+from dataengine.evolve import PACKED, existing, records
 from dataengine.manifest import Commit, Conflict, Dataset, tar_path
 from dataengine.shards import Member
 from dataengine.storage import Store
@@ -48,6 +48,8 @@ class Layout:
     skipped: dict[str, str]
     source: str
     """sha256 over every cell that is read: content and failed labels."""
+    invalid: dict[str, int]
+    """How many placeholders for failed labels each column of the export holds."""
     masks: dict[int, np.ndarray] = field(default_factory=dict)
     """For shards with samples that are left out: a bit for each key, 1 where it is kept, packed into uint8."""
 
@@ -71,13 +73,16 @@ def layout(dataset: Dataset, columns: Sequence[str], drop_invalid: bool, shard_s
         else:
             skipped[column] = why
     digest, counts, masks = hashlib.sha256(), [], {}
-    for shard in dataset.committed("rgb"):
-        records = {column: existing(dataset, column, shard) for column in chosen}
-        for column, record in records.items():
-            digest.update(json.dumps([column, shard, record.sha256, sorted(record.invalid.items())]).encode())
-        rgb = existing(dataset, "rgb", shard)
-        _check_aligned([rgb, *records.values()])
-        bad = set().union(*(r.invalid for r in records.values())) if drop_invalid else set()
+    invalid: Counter[str] = Counter()
+    cells = dataset.committed("rgb")
+    columns_read = [records(dataset, column, cells, threads=4) for column in ("rgb", *chosen)]
+    for shard, rgb, *read in zip(cells, *columns_read, strict=True):
+        for record in read:
+            what = [record.modality, shard, record.sha256, sorted(record.invalid.items())]
+            digest.update(json.dumps(what).encode())
+            invalid[record.modality] += 0 if drop_invalid else len(record.invalid)
+        _check_aligned(rgb, read)
+        bad = set().union(*(r.invalid for r in read)) if drop_invalid else set()
         if bad:
             masks[shard] = np.packbits([key not in bad for key in rgb.keys])
         counts.append((shard, rgb.num_samples - len(bad)))
@@ -92,14 +97,15 @@ def layout(dataset: Dataset, columns: Sequence[str], drop_invalid: bool, shard_s
         num_samples - kept,
         skipped,
         digest.hexdigest(),
+        dict(sorted((+invalid).items())),
         masks,
     )
 
 
-def _check_aligned(records: Sequence[Commit]) -> None:
-    for record in records[1:]:
-        if record.keys_sha256 != records[0].keys_sha256:
-            raise ValueError(f"{record.file} does not list the keys of {records[0].file}: run `dataengine verify`")
+def _check_aligned(rgb: Commit, others: Sequence[Commit]) -> None:
+    for record in others:
+        if record.keys_sha256 != rgb.keys_sha256:
+            raise ValueError(f"{record.file} does not list the keys of {rgb.file}: run `dataengine verify`")
 
 
 def _hindrance(dataset: Dataset, column: str, known: Sequence[str], named: bool) -> str | None:
@@ -179,7 +185,7 @@ def export(
         "num_dropped": plan.num_dropped,
         "skipped": plan.skipped,
         "shards": [sum(p.stop - p.start for p in pieces) for pieces in plan.pieces],
-        "invalid": dict(sorted(_invalid(dataset, plan).items())),
+        "invalid": plan.invalid,
         "random": [c for c in plan.columns if existing(dataset, c, dataset.committed(c)[0]).provenance.get("random")],
         "tars": tars,
     }
@@ -223,16 +229,6 @@ class _Column:
     def rows(self, piece: Piece) -> Iterator[Member]:
         """The members of a piece, with the bytes they have in the dataset."""
         yield from self._members(piece.shard)[piece.start : piece.stop]
-
-
-def _invalid(dataset: Dataset, plan: Layout) -> Counter[str]:
-    """How many placeholders each column of the export holds."""
-    found: Counter[str] = Counter()
-    if not plan.drop_invalid:
-        for column in plan.columns:
-            for shard in dataset.committed("rgb"):
-                found[column] += len(existing(dataset, column, shard).invalid)
-    return +found
 
 
 def _json(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataengine import modalities
-from dataengine.evolve import PACKED, existing
+from dataengine.evolve import PACKED, existing, records
 from dataengine.index import Index
 from dataengine.manifest import Dataset, ingested_first
 from dataengine.shards import shard_name
@@ -116,8 +116,7 @@ def _sources(dataset: Dataset, shards: Iterable[int]) -> tuple[list[dict[str, An
     taken: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     converted: Counter[str] = Counter()
-    for shard in shards:
-        record = existing(dataset, "rgb", shard)
+    for record in records(dataset, "rgb", shards):
         corpus = str(record.provenance.get("ingest", "not recorded"))
         taken[corpus] += record.num_samples
         refused[corpus] += int(record.provenance.get("num_refused", 0))
@@ -135,10 +134,9 @@ def _failures(
     cells: Counter[tuple[str, int]] = Counter()
     for column in columns:
         reasons: Counter[str] = Counter()
-        for shard in index.failed(column):
-            invalid = existing(dataset, column, shard).invalid
-            cells[column, shard] = len(invalid)
-            reasons.update(invalid.values())
+        for record in records(dataset, column, index.failed(column)):
+            cells[column, record.shard] = len(record.invalid)
+            reasons.update(record.invalid.values())
         ranked = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
         rows += [{"column": column, "reason": r, "count": n} for r, n in ranked[:_MOST_REASONS]]
         if rest := ranked[_MOST_REASONS:]:
