@@ -43,6 +43,7 @@ class Measured:
     device_bytes: int
     batches: tuple[Batch, ...]
     pixels: float
+    gpu: bool = False
     encode_seconds: float = 0.0
     """CPU seconds an image to encode what it emits."""
     decode_seconds: float = 0.0

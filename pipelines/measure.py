@@ -149,6 +149,7 @@ def measure_and_label(
         device_bytes=memory.total,
         batches=tuple(batches),
         pixels=pixels(samples),
+        gpu=device.startswith("cuda"),
         encode_seconds=encode_seconds,
         bytes_out=sizes,
         busy=busy,

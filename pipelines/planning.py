@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace as changed
 from pathlib import Path
 
 import psutil
@@ -51,10 +52,8 @@ def active(plan: LabelPlan) -> tuple[Labeler, ...]:
 
 
 def kept(labelers: Sequence[Labeler], device: str) -> dict[str, Measured]:
-    """What was measured before of these labelers on this machine's device of that kind, by name."""
-    if device.startswith("cuda") and not _gpus():
-        return {}  # The driver of a cluster may have none itself.
-    name = device_name(device)
+    """What was measured before of these labelers on a device of that kind, this machine's if it has one, by name."""
+    name = "cuda" if device.startswith("cuda") and not _gpus() else device_name(device)
     found = zip(groups.names(labelers), (preflight.kept(labeler, name) for labeler in labelers), strict=True)
     return {name: seen for name, seen in found if seen is not None}
 
@@ -76,7 +75,10 @@ def pack(
         for name, labeler in zip(groups.names(labelers), labelers, strict=True)
     ]
     decode = max((seen.decode_seconds for seen in measured.values()), default=0.0)
-    return packing.pack(costs, nodes or [this_machine(device)], pins=pins, decode_seconds=decode, limit=workers)
+    # Ray does not tell how much memory a GPU has; the measurement does.
+    there = max((seen.device_bytes for seen in measured.values() if seen.gpu), default=0)
+    machines = [changed(n, gpu_bytes=n.gpu_bytes or there) for n in nodes or [this_machine(device)]]
+    return packing.pack(costs, machines, pins=pins, decode_seconds=decode, limit=workers)
 
 
 def this_machine(device: str) -> Node:

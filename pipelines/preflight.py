@@ -119,25 +119,39 @@ def _with_outputs(
 
 
 def preflight(
-    dataset: Dataset, labelers: Sequence[Labeler], device: str, *, again: bool = False
+    dataset: Dataset, labelers: Sequence[Labeler], device: str, *, again: bool = False, on_ray: bool = False
 ) -> dict[str, Measured]:
-    """Measure labelers on this machine, in a process of its own; by their names as `groups.names` gives them.
+    """Measure labelers in a process of its own, on this machine or on a worker of the Ray cluster; by `groups.names`.
 
-    RuntimeError when a labeler ends that process.
+    What a worker of the cluster measured is kept here too. RuntimeError when a labeler ends that process.
     """
     shards = dataset.committed("rgb")
     if not shards or not labelers:
         return {}
-    task = Task(shards[0], {})
+    worker, task = Preflight(dataset.store.url, tuple(labelers), again), Task(shards[0], {})
     # A fresh process: what loading costs is seen, and a labeler that crashes does not take this one with it.
+    found = [from_json(note) for note in (_on_ray if on_ray else _here)(worker, device, task).notes]
+    if on_ray:
+        for labeler, seen in zip(labelers, found, strict=True):
+            keep(labeler, seen)
+    return dict(zip(groups.names(labelers), found, strict=True))
+
+
+def _here(worker: Preflight, device: str, task: Task) -> Report:
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        worker = Preflight(dataset.store.url, tuple(labelers), again)
         try:
-            notes = pool.submit(_run, worker, device, task).result().notes
+            return pool.submit(_run, worker, device, task).result()
         except BrokenProcessPool as error:
-            names = ", ".join(labeler.name for labeler in labelers)
+            names = ", ".join(labeler.name for labeler in worker.labelers)
             raise RuntimeError(f"the process that measured {names} was ended by one of them: {error}") from error
-    return dict(zip(groups.names(labelers), map(from_json, notes), strict=True))
+
+
+def _on_ray(worker: Preflight, device: str, task: Task) -> Report:
+    from dataengine import actors
+
+    reports: list[Report] = []
+    actors.run(worker, [task], workers=1, device=device, on_report=reports.append)
+    return reports[0]
 
 
 def _run(worker: Preflight, device: str, task: Task) -> Report:
@@ -149,6 +163,8 @@ def _run(worker: Preflight, device: str, task: Task) -> Report:
 
 def kept(labeler: Labeler, device: str, size: float | None = None) -> Measured | None:
     """What was measured of this labeler on this kind of device with these library versions; None when nothing was.
+
+    `cuda` stands for whichever GPU was measured last, for a driver that has none itself.
 
     With `size`, only if it was on images of about so many pixels.
     """
@@ -163,11 +179,12 @@ def kept(labeler: Labeler, device: str, size: float | None = None) -> Measured |
 
 def keep(labeler: Labeler, seen: Measured) -> None:
     """Keep a measurement in the user's cache."""
-    path = _path(labeler, seen.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(seen.as_json() + "\n")
-    partial.replace(path)
+    for device in (seen.device, *(["cuda"] if seen.gpu else [])):
+        path = _path(labeler, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(seen.as_json() + "\n")
+        partial.replace(path)
 
 
 def _path(labeler: Labeler, device: str) -> Path:

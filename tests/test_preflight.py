@@ -197,6 +197,22 @@ def test_preflight_is_a_worker_that_can_be_sent_elsewhere(tmp_path: Path) -> Non
     assert report.cells == ()
 
 
+@pytest.mark.ray
+def test_labelers_are_measured_on_a_worker_of_ray(tmp_path: Path, cache: Path) -> None:
+    dataset = ingested(tmp_path)
+    seen = preflight.preflight(dataset, [Threshold(seconds=0.01)], "cpu", on_ray=True)
+    assert seen["fakes"].batches[0].seconds >= 0.01
+    assert planning.kept([Threshold(seconds=0.01)], "cpu") == seen
+
+
+def test_a_driver_without_gpus_takes_what_was_measured_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_gpus", list)
+    on_gpu = replace(faster_with_16(), device="Imaginary GPU", gpu=True, device_bytes=8 << 30)
+    preflight.keep(Threshold(), on_gpu)
+    assert planning.kept([Threshold()], "cuda") == {"fakes": on_gpu}
+    assert planning.kept([Threshold()], "cpu") == {}
+
+
 # -- batch sizes -------------------------------------------------------------------------------------------------------
 
 
