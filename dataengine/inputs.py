@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from dataengine import modalities, pulse
 from dataengine.attempt import Failed
 from dataengine.manifest import Dataset, tar_path
 from dataengine.pulse import Death, Step
+from dataengine.sample import Sample
 from dataengine.shards import Member
 
 AHEAD_BYTES = 256 << 20
@@ -67,10 +69,20 @@ class Inputs:
 
 
 class Ahead:
-    """Decodes rows in threads ahead of who asks for them; with deaths given, one at a time and only when asked."""
+    """Decodes rows, and prepares them for labelers, in threads ahead of who asks; with deaths given, only when asked.
 
-    def __init__(self, inputs: Inputs, rows: Sequence[int], threads: Executor, deaths: Sequence[Death] | None) -> None:
-        self.inputs, self._threads, self._deaths = inputs, threads, deaths
+    The values of a row hold, beside those of its modalities, under the name of each of `prepares` what that made of it.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        rows: Sequence[int],
+        threads: Executor,
+        deaths: Sequence[Death] | None = None,
+        prepares: Mapping[str, Callable[[Sample], Any]] | None = None,
+    ) -> None:
+        self.inputs, self._threads, self._deaths, self._prepares = inputs, threads, deaths, prepares or {}
         self._waiting = list(reversed(rows))
         self._futures: dict[int, Future[dict[str, Any] | Failed]] = {}
         self._values: dict[int, dict[str, Any] | Failed] = {}
@@ -85,12 +97,22 @@ class Ahead:
 
     def _next(self, row: int) -> dict[str, Any] | Failed:
         if row not in self._futures:
-            self._futures[row] = self._threads.submit(self.inputs.decode, row)
+            self._futures[row] = self._threads.submit(self._decode, row)
         found = self._futures.pop(row).result()
         if isinstance(found, dict):
             self._bytes = max(self._bytes, sum(v.nbytes for v in found.values() if isinstance(v, np.ndarray)))
         self._fill()
         return found
+
+    def _decode(self, row: int) -> dict[str, Any] | Failed:
+        values = self.inputs.decode(row)
+        if isinstance(values, dict):
+            sample = Sample(self.inputs.keys[row], dict(values))
+            for name, prepare in self._prepares.items():
+                # What cannot be prepared here fails again, and is accounted for, where it is labelled.
+                with contextlib.suppress(Exception):
+                    values[name] = prepare(sample)
+        return values
 
     def _carefully(self, row: int) -> dict[str, Any] | Failed:
         now = Step(self.inputs.shard, "decode", row, row + 1)
@@ -108,7 +130,7 @@ class Ahead:
                 return
             row = self._waiting.pop()
             if row not in self._values:
-                self._futures[row] = self._threads.submit(self.inputs.decode, row)
+                self._futures[row] = self._threads.submit(self._decode, row)
 
     def release(self, before: int) -> None:
         """Forget the rows below `before`: every labeler has seen them."""

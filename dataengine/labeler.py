@@ -19,6 +19,22 @@ Images of one batch may differ in size. An exception fails the batch: the engine
 """
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A loaded labeler in two steps, so that a network does not wait for its preprocessing.
+
+    `prepare` turns one sample into what the network takes of it, on the CPU, in other threads, ahead of time; `label`
+    gets a batch of that. It must depend on its sample alone, and release the GIL where it computes.
+    """
+
+    prepare: Callable[[Sample], Any]
+    label: Callable[[Sequence[Any]], list[dict[str, Any]]]
+
+    def __call__(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Label a batch, preparing what has not been prepared."""
+        return self.label([self.prepare(s) if s.prepared is None else s.prepared for s in samples])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Labeler(ABC):
     """Settings of something that turns input modalities into output modalities.

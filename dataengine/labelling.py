@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from dataengine import modalities, provenance, pulse, shards
 from dataengine.attempt import Attempt, Failed
 from dataengine.inputs import Ahead, Inputs
-from dataengine.labeler import Labeler
+from dataengine.labeler import Labeler, Staged
 from dataengine.leases import LeaseLost, Leases
 from dataengine.manifest import Commit, Conflict, Dataset, tar_path
 from dataengine.sample import Sample
@@ -161,7 +161,12 @@ class _Shard:
         todo = {a.who: self._undone(a, columns, start, stop) for a in active}
         rows = sorted({i for batches in todo.values() for a, b in batches for i in range(a, b)})
         cautious = any(d.step.shard == self.task.shard for d in self.task.deaths)
-        ahead = Ahead(inputs, rows, self.group.threads, self.task.deaths if cautious else None)
+        prepares = {
+            a.who: a.call.prepare
+            for a in active
+            if isinstance(a.call, Staged) and not set(a.labeler.inputs) & set(columns)
+        }
+        ahead = Ahead(inputs, rows, self.group.threads, self.task.deaths if cautious else None, prepares)
         reach = max(a.batch_size for a in active)
         with self._timed("wait"):
             self.group.device.acquire()
@@ -208,7 +213,7 @@ class _Shard:
             values = [ahead.values(i) for i in range(start, stop)]
         with self._timed("encode"):
             samples = [
-                self._sample(labeler, columns, ahead, i, v) for i, v in zip(range(start, stop), values, strict=True)
+                self._sample(attempt, columns, ahead, i, v) for i, v in zip(range(start, stop), values, strict=True)
             ]
         with self._timed(f"label:{labeler.name}"):
             outputs = attempt.label(self.task.shard, start, samples, self.task.deaths)
@@ -229,12 +234,12 @@ class _Shard:
             columns[c].seconds += (time.perf_counter() - began) / len(emitted)
 
     def _sample(
-        self, labeler: Labeler, columns: Mapping[str, _Column], ahead: Ahead, row: int, values: dict[str, Any] | Failed
+        self, attempt: Attempt, columns: Mapping[str, _Column], ahead: Ahead, row: int, values: dict[str, Any] | Failed
     ) -> Sample | Failed:
         """What a labeler gets to see of a row, or why it cannot be labelled."""
         if isinstance(values, Failed):
             return values
-        key = ahead.inputs.keys[row]
+        key, labeler = ahead.inputs.keys[row], attempt.labeler
         made = {m: columns[m] for m in labeler.inputs if m in columns}
         if made:
             self._settle(columns, 0)
@@ -244,7 +249,8 @@ class _Shard:
             return Failed(f"input {bad[0]} is not valid")
         # The next labeler of the group must see what a later run would read back from the tar.
         fresh = {m: modalities.load(m).decode(column.rows[row].member.data) for m, column in made.items()}
-        return Sample(key, {m: fresh.get(m, values.get(m)) for m in {"rgb", *labeler.inputs}})
+        seen = {m: fresh.get(m, values.get(m)) for m in {"rgb", *labeler.inputs}}
+        return Sample(key, seen, values.get(attempt.who))
 
     # -- encoding -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ class Sample:
 
     key: str
     values: Mapping[str, Any]
+    prepared: Any = None
+    """What the labeler's own `prepare` made of it, ahead of time (see `dataengine.labeler.Staged`)."""
 
     @property
     def rgb(self) -> np.ndarray:

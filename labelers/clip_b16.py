@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dataengine import weights
-from dataengine.labeler import Labeler, Loaded
-from dataengine.sample import Sample
+from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.weights import Weights
 from labelers import _checkpoints, _images
 
@@ -58,13 +57,13 @@ class ClipB16(Labeler):
         tower.to(device)
         statistics = _images.CLIP if self.normalisation == "native" else _images.IMAGENET
 
-        def label(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        def label(images: Sequence[Any]) -> list[dict[str, Any]]:
             with torch.inference_mode():
-                _, tokens = tower(_images.square_batch(samples, tower.image_size[0], statistics, device))
+                _, tokens = tower(_images.normalised(images, statistics, device))
                 dense = _images.grid(tokens @ tower.proj)
             return [{"CLIP-B16": features} for features in dense]
 
-        return label
+        return Staged(lambda sample: _images.squeezed(sample.rgb, tower.image_size[0]), label)
 
     def tiny(self, folder: Path) -> ClipB16:
         """One random block of width 32 in the format of the published checkpoint."""

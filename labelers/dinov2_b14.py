@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataengine import weights
-from dataengine.labeler import Labeler, Loaded
-from dataengine.sample import Sample
+from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.weights import Weights
 from labelers import _checkpoints, _images
 
@@ -48,13 +47,13 @@ class DinoV2(Labeler):
         trunk = network(_checkpoints.read(weights.resolve(self.checkpoint)), self.side)
         trunk.to(device)
 
-        def label(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        def label(images: Sequence[Any]) -> list[dict[str, Any]]:
             with torch.inference_mode():
-                tokens = trunk.forward_features(_images.square_batch(samples, self.side, _images.IMAGENET, device))
+                tokens = trunk.forward_features(_images.normalised(images, _images.IMAGENET, device))
                 dense, cls = _images.grid(tokens[:, 1:]), tokens[:, 0].half().cpu().numpy()
             return [{"DINOv2-B14": d, "DINOv2-B14-global": c} for d, c in zip(dense, cls, strict=True)]
 
-        return label
+        return Staged(lambda sample: _images.squeezed(sample.rgb, self.side), label)
 
     def tiny(self, folder: Path) -> DinoV2:
         """Two random blocks of width 16, published for 5 x 5 patches, in the format of the published checkpoint."""

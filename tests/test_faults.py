@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
-from dataengine import validate
+from dataengine import modalities, validate
 from dataengine.attempt import Attempt, out_of_memory
-from dataengine.labeler import Labeler
+from dataengine.labeler import Labeler, Staged
 from dataengine.manifest import Commit, Dataset
 from dataengine.plan import plan_labels
 from dataengine.pulse import Death, Step, fate
@@ -246,3 +246,30 @@ def test_what_keeps_a_worker_from_starting_is_raised(tmp_path: Path) -> None:
         running.wait_started()
     with pytest.raises((FileNotFoundError, WorkerDies)):
         running(task)
+
+
+def test_what_a_labeler_prepares_is_made_ahead_in_other_threads_and_only_where_it_can_be(tmp_path: Path) -> None:
+    dataset, where = ingested(tmp_path, 20, shard_size=20), set[str]()
+    broken = dataset.keys(0)[3]
+
+    def prepare(sample: Sample) -> float:
+        where.add(threading.current_thread().name.split("_")[0])
+        if sample.key == broken:
+            raise RuntimeError("cannot prepare this")
+        return float(sample.rgb[..., 1].max()) / 255
+
+    worker, (task,) = group(dataset, Faulty())
+    work = worker.start("cpu")
+    shape = {k: Sample(k, {"rgb": decode(dataset, k)}).size for k in dataset.keys(0)}
+    keys = iter(k for k in dataset.keys(0) if k != broken)
+    call = Staged(prepare, lambda made: [{"depth": np.full(shape[next(keys)], m, np.float32)} for m in made])
+    work.attempts[0].call = call  # type: ignore[attr-defined]
+    work(task)
+    assert committed(dataset).invalid == {broken: "RuntimeError: cannot prepare this"}
+    assert "codec" in where
+
+
+def decode(dataset: Dataset, key: str) -> np.ndarray:
+    (found,) = (m.data for m in dataset.read("rgb", 0) if m.key == key)
+    image: np.ndarray = modalities.load("rgb").decode(found)
+    return image

@@ -218,7 +218,7 @@ def test_dinov2_refuses_what_it_is_not() -> None:
 def test_features_are_aligned_with_the_image() -> None:
     rgb = np.zeros((100, 300, 3), np.uint8)
     rgb[:, 200:] = 255
-    batch = _images.square_batch([Sample("a", {"rgb": rgb})], 224, _images.IMAGENET, "cpu")
+    batch = _images.normalised([_images.squeezed(rgb, 224)], _images.IMAGENET, "cpu")
     bright = batch[0, 0] > 0
     assert bright[:, 155:].all()
     assert not bright[:, :140].any()
