@@ -82,7 +82,7 @@ class EncodeAndWrite:
 
 
 def run(root: Path, out: Path, shards: Sequence[int], cores: int, marks: Path, *, sink: bool) -> None:
-    """The whole job on this machine: with a sink, or written from within the function."""
+    """The whole job on this machine: with a sink, or written from within the function. Ray is left running."""
     start(cores)
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -102,7 +102,6 @@ def run(root: Path, out: Path, shards: Sequence[int], cores: int, marks: Path, *
         labelled.write_datasink(Tars(str(out)), ray_remote_args={"num_cpus": 0.1}, concurrency=cores)
     else:
         read.map_batches(EncodeAndWrite, fn_constructor_args=(str(out), str(marks)), **pool).materialize()
-    ray.shutdown()
 
 
 def start(cores: int) -> None:

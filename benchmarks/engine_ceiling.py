@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -85,7 +86,7 @@ MOST_CORES = 16
 
 
 class Meter(threading.Thread):
-    """Notes the processor seconds of this process and all its descendants, twice a second."""
+    """Notes the processor seconds of this process and all its descendants, four times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -106,17 +107,18 @@ class Meter(threading.Thread):
 
     def run(self) -> None:
         """Until `finish`."""
-        while not self._enough.wait(0.5):
+        while not self._enough.wait(0.25):
             self.note()
 
     def finish(self) -> None:
         """One last reading."""
         self._enough.set()
         self.join()
+        self.note()
 
     def between(self, begin: float, end: float) -> float:
-        """Processor seconds between two times."""
-        first, last = np.interp([begin, end], self.times, self.seconds)
+        """Processor seconds between two times. A process that ends may take its seconds along: none are given back."""
+        first, last = np.interp([begin, end], self.times, np.maximum.accumulate(self.seconds))
         return float(last - first)
 
 
@@ -145,6 +147,8 @@ def do(job: Job) -> Figures:
 
         _raydata.run(root, out, shards, job.cores, marks, sink=job.way == "raydata_sink")
     meter.finish()
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
     begin = max(path.stat().st_mtime for path in marks.iterdir())
     records = [[out / "commits" / m / f"shard-{s:05d}.json" for m in _null.MODALITIES] for s in shards]
     end = max(path.stat().st_mtime for row in records for path in row)
@@ -177,13 +181,10 @@ def _engine(job: Job, marks: Path) -> None:
     if job.way == "local":
         local.run(group, tasks, workers=1, device="cpu", on_report=lambda report: None)
         return
-    import ray
-
     from benchmarks import _raydata
 
     _raydata.start(job.cores)
     actors.run(group, tasks, workers=job.cores, device="cpu", on_report=lambda report: None)
-    ray.shutdown()
 
 
 def measured(job: Job, where: Path) -> Figures:
@@ -245,7 +246,7 @@ def _summary(found: dict[str, list[Figures]], cores: int) -> dict[str, Any]:
     def ratio(one: str, other: str, name: str = "images_per_second_per_core") -> float:
         return float(
             statistics.median(
-                getattr(a, name) / getattr(b, name) for a, b in zip(found[one], found[other], strict=True)
+                getattr(a, name) / max(getattr(b, name), 1e-9) for a, b in zip(found[one], found[other], strict=True)
             )
         )
 

@@ -38,8 +38,8 @@ def test_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         alone = engine_ceiling.WAYS[way][1] == 1
         assert figures["images"] == 4 * (1 if alone else min(found["cores"], 2))
         assert figures["images_per_second_per_core"] > 0
-        assert figures["cpu_seconds_per_image"] > 0
-    assert all(ratio > 0 for ratio in found["ratios"].values())
+        assert figures["cpu_seconds_per_image"] >= 0
+    assert all(found["ratios"][f"{ours}_over_plain"] > 0 for ours in engine_ceiling.BESIDE)
 
 
 @pytest.mark.ray
