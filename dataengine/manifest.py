@@ -147,9 +147,9 @@ class Dataset:
         try:
             record = json.loads(self.store.read("plan.json"))
         except FileNotFoundError:
-            raise NotADataset(f"{self.store.url} holds no plan.json: `dataengine ingest` makes one") from None
+            raise NotADataset(f"{self.store.name} holds no plan.json: `dataengine ingest` makes one") from None
         if record["format"] != FORMAT:
-            raise NotADataset(f"{self.store.url} has format {record['format']}, this program reads {FORMAT}")
+            raise NotADataset(f"{self.store.name} has format {record['format']}, this program reads {FORMAT}")
         limits = Limits(**record.pop("limits"))
         return Plan(**{**record, "limits": limits, "ingested": tuple(record["ingested"])})
 
@@ -161,7 +161,7 @@ class Dataset:
                 for f in dataclasses.fields(Plan)
                 if getattr(self.plan, f.name) != getattr(plan, f.name)
             ]
-            raise Conflict(f"{self.store.url} was planned otherwise ({'; '.join(changed)}); use another root")
+            raise Conflict(f"{self.store.name} was planned otherwise ({'; '.join(changed)}); use another root")
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -185,14 +185,14 @@ class Dataset:
         """The ordered keys of a shard, as its rgb commit record lists them."""
         record = self.commit("rgb", shard)
         if record is None:
-            raise NotADataset(f"{shard_name(shard)} of {self.store.url} is not ingested")
+            raise NotADataset(f"{shard_name(shard)} of {self.store.name} is not ingested")
         return record.keys
 
     def read(self, modality: str, shard: int) -> list[Member]:
         """The members of a committed tar; ValueError when its bytes are not the committed ones."""
         record = self.commit(modality, shard)
         if record is None:
-            raise NotADataset(f"{modality}/{shard_name(shard)} of {self.store.url} is not committed")
+            raise NotADataset(f"{modality}/{shard_name(shard)} of {self.store.name} is not committed")
         data = self.store.read(record.file)
         if shards.sha256(data) != record.sha256:
             raise ValueError(f"{record.file} does not have the sha256 of its commit record {record.sha256}")

@@ -162,7 +162,7 @@ def _recorded(dataset: Dataset, path: str) -> int | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} of {dataset.store.url} should hold a batch size: {error!r}") from error
+        raise ValueError(f"{path} of {dataset.store.name} should hold a batch size: {error!r}") from error
 
 
 def _record_path(labeler: Labeler) -> str:

@@ -102,7 +102,7 @@ def _samples(dataset: Dataset, shard: int, inputs: set[str]) -> tuple[list[Sampl
                 value[m] = modalities.load(m).decode(member.data)
         seconds += time.perf_counter() - began
     if not values:
-        raise ValueError(f"shard {shard} of {dataset.store.url} has no images to measure on")
+        raise ValueError(f"shard {shard} of {dataset.store.name} has no images to measure on")
     samples = [Sample(key, value) for key, value in zip(dataset.keys(shard), values, strict=False)]
     return samples, seconds / len(samples)
 

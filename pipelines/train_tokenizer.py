@@ -32,7 +32,7 @@ def train(run: TrainTokenizer) -> FitResult:
     for dataset in datasets:
         if is_random(dataset, run.modality):
             raise ValueError(
-                f"{run.modality} of {dataset.store.url} comes from random weights: nothing is trained on it"
+                f"{run.modality} of {dataset.store.name} comes from random weights: nothing is trained on it"
             )
     if run.model.domain is None:
         raise ValueError("model.domain is not set, expected how maps become network input")

@@ -80,9 +80,9 @@ def pick(store: Store, run: str) -> str:
     """The id of a run of this root: the one asked for, or the latest; FileNotFoundError when there is none."""
     there = runs(store)
     if not there:
-        raise FileNotFoundError(f"no runs under {store.url}/runs: nothing has been run on this dataset yet")
+        raise FileNotFoundError(f"no runs under {store.name}/runs: nothing has been run on this dataset yet")
     if run and run not in there:
-        raise ValueError(f"no run {run!r} under {store.url}; the latest are {', '.join(there[:5])}")
+        raise ValueError(f"no run {run!r} under {store.name}; the latest are {', '.join(there[:5])}")
     return run or there[0]
 
 
