@@ -211,7 +211,7 @@ def test_a_fault_that_stays_is_told_and_the_next_run_resumes(
     proxy.obey(Fault("answer", status=503, code="SlowDown", method="PUT", target="sam_edge/.*tar", times=None))
     with pytest.raises(StoreError, match=r"writing s3://corpus/.*/sam_edge/shard-0000\d.tar failed \(tried 8 times\)"):
         make(Dataset(root), images)
-    assert proxy.injected["answer"] >= 8
+    assert proxy.injected["answer"] == 8  # one layer retries
     half = contents(upstream, root)
     assert not any("sam_edge" in path for path in half)
     assert half.items() <= undisturbed.items()
