@@ -118,7 +118,8 @@ def test_a_shard_of_an_unfinished_merge_has_all_its_columns(two: list[Dataset], 
             merge(out, two)
         for shard in out.committed("rgb"):
             assert all(out.commit(c, shard) for c in ("caption", "crop_settings", "canny_edge"))
-        assert validate.verify(out) == []
+        # All that may be said is that the cells of a shard are there before its rgb record.
+        assert [p for p in validate.verify(out) if not p.file.startswith("commits/rgb/")] == []
 
 
 def test_what_cannot_be_merged_is_named_and_nothing_is_written(two: list[Dataset], tmp_path: Path) -> None:
