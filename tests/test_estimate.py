@@ -170,18 +170,17 @@ def test_an_estimate_costs_every_labeler_and_leaves_the_dataset_alone(tmp_path: 
 
 
 RECIPE = """
-from dataengine.groups import Group
 from pipelines.label import LabelRun
-from tests.fakes import Threshold
+from tests.test_preflight import Scripted
 
 def recipe():
-    return LabelRun(labelers=(Threshold(seconds=0.25),), groups=(Group(labelers=("fakes",), batches={"fakes": 3}),))
+    return LabelRun(labelers=(Scripted(per_sample=0.1),))
 """
 
 
 @pytest.mark.ray
 def test_the_run_takes_about_as_long_as_the_estimate_said(tmp_path: Path) -> None:
-    dataset = ingested(tmp_path, count=120, shard_size=20)
+    dataset = ingested(tmp_path, count=80, shard_size=10)
     recipe = tmp_path / "slow.py"
     recipe.write_text(RECIPE)
     root = dataset.store.url
