@@ -173,10 +173,11 @@ class _Shard:
         try:
             for end in [*range(start + reach, stop, reach), stop]:
                 for a in active:
-                    batches = todo[a.who]
+                    batches, makers = todo[a.who], [b for b in active if set(b.labeler.emits) & set(a.labeler.inputs)]
+                    made = min((todo[b.who][0][0] for b in makers if todo[b.who]), default=stop)
                     # Each labeler is fed its own batches, counted from the start of the shard, whoever else is in the
                     # group: a batch of other images may round differently, and a resumed shard must give the same.
-                    while batches and batches[0][1] <= end:
+                    while batches and batches[0][1] <= min(end, made):
                         if self.group.draining.is_set():
                             return False
                         self._batch(a, columns, ahead, *batches.popleft(), cautious)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dataengine.pulse import Death, Step, fate
 from dataengine.sample import Sample
 from dataengine.supervise import Supervised, WorkerDies
 from dataengine.work import LabelGroup, Report, Task
-from tests.fakes import Unloadable, ingested, tree
+from tests.fakes import Inverted, Threshold, Unloadable, ingested, tree
 from tests.faulty import KINDS, Faulty, called
 
 REASONS = {
@@ -273,3 +274,26 @@ def decode(dataset: Dataset, key: str) -> np.ndarray:
     (found,) = (m.data for m in dataset.read("rgb", 0) if m.key == key)
     image: np.ndarray = modalities.load("rgb").decode(found)
     return image
+
+
+def test_a_shard_done_in_ranges_by_several_workers_has_the_bytes_of_one_done_whole(tmp_path: Path) -> None:
+    calm = ingested(tmp_path, 60, shard_size=60, name="calm")
+    (marked,) = [k for k in calm.keys(0) if "image009" in k]
+    (failing,) = [k for k in calm.keys(0) if "image030" in k]
+    labelers = (Faulty(kind="raises", keys=(marked,)), Threshold(fail_on=(failing,)), Inverted())
+    worker, (task,) = group(calm, *labelers)
+    worker.start("cpu")(task)
+    dataset, calls = ingested(tmp_path, 60, shard_size=60), tmp_path / "calls"
+    worker, (task,) = group(dataset, replace(labelers[0], calls=str(calls)), *labelers[1:])
+    one, other = (worker.start("cpu") for _ in range(2))
+    with pytest.raises(ValueError, match="cut batches"):
+        one(replace(task, rows=(0, 8)))  # a batch of eight, but not three of three
+    assert [
+        w(replace(task, rows=rows)).outcome for w, rows in ((other, (24, 48)), (one, (0, 24)), (one, (48, 60)))
+    ] == ["done"] * 3
+    assert dataset.committed("depth") == []
+    counts = called(calls)
+    other(task)
+    assert called(calls) == counts
+    assert tree(tmp_path / "root") == tree(tmp_path / "calm")
+    assert committed(dataset, "sam_edge").invalid == {failing: "input canny_edge is not valid"}
