@@ -23,7 +23,7 @@
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?run it with sbatch, or inside an allocation}"
-readonly DRAIN_SECONDS=60 # how long the command may take to finish or spill its batches; it needs 30
+DRAIN_SECONDS="${DRAIN_SECONDS:-60}" # how long the command may take to finish or spill its batches; it needs 30
 readonly START_SECONDS=180
 
 # Ports, a folder and a token for each job, so that jobs that share a machine do not meet. The token is made here and
