@@ -113,7 +113,9 @@ def _counts(plan: LabelPlan, seconds_per_image: float, at_once: int) -> list[int
 def _scratch_root(dataset: Dataset) -> Iterator[str]:
     """An empty root that is gone afterwards: beside the dataset, so that it is on the same disk or store."""
     if not dataset.store.local:
-        root = f"{dataset.store.url}-rehearsal-{uuid.uuid4().hex[:8]}"
+        # Beside a bucket there is nothing that could be written: then in it, under a name that no column has.
+        bucket = "/" not in dataset.store.url.partition("://")[2]
+        root = f"{dataset.store.url}{'/.' if bucket else '-'}rehearsal-{uuid.uuid4().hex[:8]}"
         try:
             yield root
         finally:

@@ -14,6 +14,7 @@ import pytest
 
 from dataengine import local, validate
 from dataengine.events import Event
+from dataengine.ingest import IngestSettings, prepare
 from dataengine.manifest import Dataset
 from dataengine.plan import plan_labels
 from dataengine.schedule import Stage
@@ -22,7 +23,8 @@ from pipelines import estimate, rehearsal
 from pipelines.estimate import makespan
 from pipelines.live import Prices
 from pipelines.rehearsal import Seen, copy_rows, summary
-from tests.fakes import Inverted, Threshold, ingested, tree
+from tests.fakes import Inverted, Threshold, ingested, tree, write_images
+from tests.faulty_s3 import s3_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +178,21 @@ from tests.test_preflight import Scripted
 def recipe():
     return LabelRun(labelers=(Scripted(per_sample=0.1),))
 """
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_dataset_in_a_bucket_is_rehearsed_in_it_and_nothing_is_left(tmp_path: Path) -> None:
+    with s3_server("corpus"):
+        images, dataset = write_images(tmp_path / "images", 12), Dataset("s3://corpus")
+        worker, tasks = prepare(dataset, f"folder:{images}", IngestSettings(shard_size=6))
+        local.run(worker, tasks, workers=1, device="cpu", on_report=lambda report: None)
+        plan = plan_labels(dataset, ["canny_edge"], [Threshold()])
+        before = set(dataset.store.find())
+        made = estimate.estimate(dataset, plan, device="cpu", runner="local")
+        assert made.rehearsed == 3
+        assert set(dataset.store.find()) == before
 
 
 @pytest.mark.ray
