@@ -65,9 +65,13 @@ def as_json(made: Estimate) -> dict[str, Any]:
 
 def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """The cells to do and the groups, for people."""
+    title = f"{plan['cells']} cells to do, {plan['done']} committed already"
+    if not plan["labelers"]:
+        console.print(title, highlight=False)
+        return
     table = Table(
         "labeler", "makes", "batch", "cells", "images", "s/image alone",
-        title=f"{plan['cells']} cells to do, {plan['done']} committed already",
+        title=title,
     )  # fmt: skip
     for x in plan["labelers"]:
         each = "-" if x["seconds_per_image"] is None else f"{x['seconds_per_image']:.4f}"
