@@ -4,7 +4,8 @@
 
 The dataset is made of commit records alone, a thousand keys a shard; its tars are not there, and nothing asks for
 them. Every figure is of a process of its own, from its start to its end: wall time, and its largest resident memory.
-`cold` is without the cache of `runs/`, as on the first call after the cache was lost.
+`cold` is without the cache of `runs/`, as on the first call after the cache was lost. `coordinator` plans everything
+and drives a run of it, with monitor and log, on workers that take no time: its processor time is what a cell costs.
 """
 
 from __future__ import annotations
@@ -22,67 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks import _report
+from benchmarks._recorded import labelers, names
 from dataengine import provenance, shards
 from dataengine.canonical import Limits
-from dataengine.labeler import Labeler, Loaded
+from dataengine.driver import Driver
 from dataengine.manifest import INGESTED, Commit, Dataset, Plan, tar_path
-from dataengine.plan import order
+from dataengine.plan import LabelPlan, order
+from dataengine.schedule import Stage
+from dataengine.work import CellReport, LabelGroup, Report, Task
+from pipelines.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SHARDS = (1_000, 4_000, 12_000)
 QUICK = (200, 500, 1_000)
 NUM_KEYS = 1_000
-SETTLE_SECONDS = 3.0
-"""The youngest records are read again by every call, until no change can hide in the resolution of a file's times."""
+NUM_WORKERS = 40
 LIMIT_SECONDS, LIMIT_MIB, LIMIT_MS_PER_CELL = 30.0, 1024.0, 2.0
-
-COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("depth",): ("rgb",),
-    ("normal",): ("rgb",),
-    ("semseg",): ("rgb",),
-    ("canny_edge",): ("rgb",),
-    ("sam_instance",): ("rgb",),
-    ("sam_edge",): ("sam_instance",),
-    ("det",): ("rgb",),
-    ("CLIP-B16",): ("rgb",),
-    ("DINOv2-B14", "DINOv2-B14-global"): ("rgb",),
-    ("color_palette",): ("rgb",),
-    ("metadata",): ("rgb", "semseg", "det", "depth", "sam_instance"),
-    **{(f"tok_{m}@224",): ("crop_settings", m) for m in ("rgb", "depth", "normal", "semseg", "canny_edge", "CLIP-B16")},
-}
-"""What each labeler makes, and from what: 18 columns beside the three of every corpus."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded(Labeler):
-    """A labeler that is planned and never run."""
-
-    makes: tuple[str, ...]
-    reads: tuple[str, ...]
-
-    @property
-    def emits(self) -> tuple[str, ...]:
-        return self.makes
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.reads
-
-    @property
-    def name(self) -> str:
-        return self.makes[0]
-
-    def load(self, device: str) -> Loaded:
-        raise NotImplementedError("there are no images here to label")
-
-
-def labelers() -> tuple[Recorded, ...]:
-    return tuple(Recorded(makes=makes, reads=reads) for makes, reads in COLUMNS.items())
-
-
-def names() -> list[str]:
-    return [m for makes in COLUMNS for m in makes]
 
 
 # -- the dataset ------------------------------------------------------------------------------------------------------
@@ -92,7 +51,7 @@ class Synthetic:
     """A dataset of commit records, written straight to a local disk."""
 
     def __init__(self, root: Path, num_shards: int) -> None:
-        self.root, self.num_shards = root, num_shards
+        self.root, self.num_shards, self.began = root, num_shards, time.time() - 60
         self.specs: list[dict[str, str]] = [{} for _ in range(num_shards)]
         Dataset(root).write_plan(
             Plan(
@@ -111,7 +70,7 @@ class Synthetic:
         (root / "runs").mkdir()
         self.recipe = root / "runs" / "recipe.py"
         self.recipe.write_text(
-            "from benchmarks.engine_scale import labelers\nfrom pipelines.label import LabelRun\n"
+            "from benchmarks._recorded import labelers\nfrom pipelines.label import LabelRun\n"
             "def recipe():\n    return LabelRun(labelers=labelers())\n"
         )
 
@@ -150,11 +109,92 @@ class Synthetic:
                 keys=keys,
             )
             text = json.dumps(vars(record), sort_keys=True, indent=1, ensure_ascii=False)
-            (folder / f"{shards.shard_name(shard)}.json").write_text(text + "\n")
+            path = folder / f"{shards.shard_name(shard)}.json"
+            path.write_text(text + "\n")
+            # As old as any but those of the last seconds, which every call reads again.
+            os.utime(path, (self.began, self.began))
 
 
 def _digest(*words: object) -> str:
     return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
+
+
+# -- a run without work -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question to a worker, and its answer."""
+
+    worker: str
+    what: str
+    arguments: tuple[Any, ...]
+
+
+class Instant:
+    """A cluster of workers that are done at once. It tells of one end at a time, as a real one does: what remains is
+    what the coordinator itself does for each task."""
+
+    elastic = False
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+
+    def start(self, stage: Stage, device: str, batch_seconds: float) -> str:
+        return stage.name
+
+    def ask(self, worker: str, what: str, *arguments: Any) -> Asked:
+        return Asked(worker, what, arguments)
+
+    def wait(self, answers: list[Any], seconds: float) -> list[Any]:
+        return answers[:1]
+
+    def get(self, answer: Asked) -> Any:
+        if answer.what == "ready":
+            return "node"
+        if answer.what != "run":
+            return {"cpu": 1.0, "gpus": [], "memory": 0}
+        (task,) = answer.arguments
+        cells = tuple(CellReport(m, NUM_KEYS, 0, 12_345_678, 1.0) for m in task.specs if task.rows is None)
+        return Report(task.shard, cells, 1.0, rows=task.rows, spent={"read": 0.1, f"label:{answer.worker}": 0.9})
+
+    def kill(self, worker: str) -> None:
+        return
+
+    def nodes(self) -> dict[str, dict[str, float]]:
+        return {"node": {"CPU": float(self._num_workers)}}
+
+    def draining(self) -> dict[str, int]:
+        return {}
+
+
+def stages(made: LabelPlan) -> list[Stage]:
+    """The plan in four groups: the labelers in three, and the tokens of what they make."""
+    groups: list[set[str]] = [set(), set(), set()]
+    for i, labeler in enumerate(labelers()[:-6]):
+        groups[2 if len(labeler.inputs) > 1 else i % 2] |= set(labeler.emits)
+    groups.append({m for m in names() if m.startswith("tok_")})
+    out: list[Stage] = []
+    for i, group in enumerate(groups):
+        tasks = tuple(Task(t.shard, {m: s for m, s in t.specs.items() if m in group}) for t in made.tasks)
+        needs = tuple(s.name for s in out[:2])
+        worker = LabelGroup("nowhere", ())
+        out.append(Stage(name=f"group{i}", worker=worker, tasks=tasks, num_rows=made.num_rows, window=32, needs=needs))
+    return out
+
+
+def coordinate(root: str, recipe: str) -> None:
+    """Plan everything and run it on workers that take no time, watched as any run is; print what this process did."""
+    from pipelines import label
+
+    began = time.process_time()
+    dataset = Dataset(root)
+    made = label.plan(dataset, names(), recipe)
+    planned = time.process_time()
+    with Monitor(dataset.store, "benchmark", Console(stderr=True)) as monitor:
+        Driver(Instant(NUM_WORKERS), stages(made), monitor.on_event, "cpu", None, 60.0).run()
+    spent = {"plan": planned - began, "run": time.process_time() - planned}
+    print(json.dumps({"cells": made.num_cells, "tasks": 4 * len(made.tasks), "seconds": spent}))
 
 
 # -- the figures ------------------------------------------------------------------------------------------------------
@@ -165,6 +205,7 @@ class Figure:
     """What one process took; `said` is what it printed."""
 
     seconds: float
+    cpu_seconds: float
     mib: float
     said: str
 
@@ -183,25 +224,26 @@ def measured(arguments: Sequence[object], checkout: Path = ROOT) -> Figure:
             stream.seek(0)
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {err.read()[-2000:]}")
-        return Figure(seconds, usage.ru_maxrss / 1024, out.read())
+        return Figure(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out.read())
 
 
-PLAN = """
-import json, sys, time
-from dataengine.manifest import Dataset
-from pipelines import label
-began = time.perf_counter()
-made = label.plan(Dataset(sys.argv[1]), sys.argv[3:], sys.argv[2])
-print(json.dumps([made.num_cells, made.num_done, time.perf_counter() - began]))
-"""
+def plan(data: Synthetic) -> tuple[Figure, int]:
+    """`dataengine plan` of all columns; how many cells are to do."""
+    figure = measured(["-m", "pipelines", "plan", data.root, *names(), "--recipe", data.recipe, "--json"])
+    said = json.loads(figure.said)
+    assert said["cells"] + said["done"] == data.num_shards * len(names()), figure.said
+    return figure, int(said["cells"])
 
 
-def plan(data: Synthetic, checkout: Path = ROOT) -> tuple[Figure, int]:
-    """Plan all columns; how many cells are to do."""
-    figure = measured(["-c", PLAN, data.root, data.recipe, *names()], checkout)
-    todo, done, _ = json.loads(figure.said)
-    assert todo + done == data.num_shards * len(names()), figure.said
-    return figure, int(todo)
+COORDINATE = "import sys; from benchmarks.engine_scale import coordinate; coordinate(*sys.argv[1:])"
+
+
+def coordinator(data: Synthetic) -> tuple[Figure, dict[str, float]]:
+    """Plan and drive a run of everything that is to do; processor time of the coordinator, in milliseconds a cell."""
+    figure = measured(["-c", COORDINATE, data.root, data.recipe])
+    said = json.loads(figure.said)
+    assert said["cells"] == data.num_shards * len(names()), figure.said
+    return figure, {f"{name}_ms_per_cell": 1000 * t / said["cells"] for name, t in said["seconds"].items()}
 
 
 def resume(data: Synthetic, checkout: Path = ROOT) -> Figure:
@@ -225,16 +267,16 @@ def size(num_shards: int, reference: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = Synthetic(Path(folder), num_shards)
         data.ingest()
-        time.sleep(SETTLE_SECONDS)
         found = {"plan_cold": plan(data)[0]}
         found["plan"], todo = plan(data)
         assert todo == num_shards * len(names())
+        found["coordinator"], per_cell = coordinator(data)
         data.label()
-        time.sleep(SETTLE_SECONDS)
         found["status_cold"] = status(data)
         found["status"] = status(data)
         found["resume"] = resume(data)
-        out = {name: {"seconds": f.seconds, "mib": f.mib} for name, f in found.items()}
+        out = {name: {"seconds": f.seconds, "cpu_seconds": f.cpu_seconds, "mib": f.mib} for name, f in found.items()}
+        out["coordinator"] |= per_cell
         if reference is not None:
             for name, measure in (("resume", resume), ("status", status)):
                 there = measure(data, reference.resolve())
@@ -253,23 +295,23 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
         sizes[str(n)] = size(n, reference if n == counts[0] else None)
     draw(sizes)
     largest = sizes[str(counts[-1])]
-    cells = counts[-1] * len(names())
-    per_cell = 1000 * largest["plan"]["seconds"] / cells
+    per_cell = sum(largest["coordinator"][f"{name}_ms_per_cell"] for name in ("plan", "run"))
+    limited = [largest[name] for name in ("plan", "resume", "status")]
     return {
         "columns": len(INGESTED) + len(names()),
         "keys_per_shard": NUM_KEYS,
         "sizes": sizes,
         "growth": {name: growth(sizes, name) for name in largest},
-        "planning_ms_per_cell": per_cell,
+        "coordinator_ms_per_cell": per_cell,
         "limits": {"seconds": LIMIT_SECONDS, "mib": LIMIT_MIB, "ms_per_cell": LIMIT_MS_PER_CELL},
         "within_limits": per_cell < LIMIT_MS_PER_CELL
-        and all(f["seconds"] < LIMIT_SECONDS and f["mib"] < LIMIT_MIB for f in largest.values()),
+        and all(f["seconds"] < LIMIT_SECONDS and f["mib"] < LIMIT_MIB for f in limited),
     }
 
 
 def growth(sizes: Mapping[str, Any], name: str) -> float:
-    """The exponent p of seconds ~ shards ** p between the smallest and the largest size: 1 is linear."""
-    (n0, first), *_, (n1, last) = ((int(n), figures[name]["seconds"]) for n, figures in sizes.items())
+    """The exponent p of processor seconds ~ shards ** p between the smallest and the largest size: 1 is linear."""
+    (n0, first), *_, (n1, last) = ((int(n), figures[name]["cpu_seconds"]) for n, figures in sizes.items())
     return math.log(last / first) / math.log(n1 / n0)
 
 

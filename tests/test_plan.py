@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import pytest
 
 from benchmarks import engine_scale
-from benchmarks.engine_scale import Synthetic, labelers, names
+from benchmarks._recorded import labelers, names
+from benchmarks.engine_scale import Synthetic
 from dataengine import provenance
 from dataengine.manifest import INGESTED, Conflict, Dataset
 from dataengine.plan import LabelPlan, order, plan_labels
