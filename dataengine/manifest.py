@@ -261,7 +261,7 @@ class Dataset:
         """
         # Listed before the records are: a cell that is committed meanwhile is kept.
         found = list(self.store.find())
-        kept = {"plan.json", *Index.open(self.store).files()}
+        kept = {"plan.json", "README.md", *Index.open(self.store).files()}
         return [p for p in found if p not in kept and not p.startswith(("runs/", "quarantine/")) and not exclude(p)]
 
     # -- quarantine ---------------------------------------------------------------------------------------------------

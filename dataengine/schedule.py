@@ -205,8 +205,8 @@ class Schedule:
         least = max(math.ceil(MIN_SECONDS / max(queue.seconds_per_row, 1e-9) / window) * window, window)
         for _, rows, _ in queue.ready:
             yield from range(max(1, -rows // least))
-        if queue.split is not None:
-            yield from range((queue.split.stop - queue.split.next) // least)
+        if queue.split is not None and queue.split.next < queue.split.stop:
+            yield from range(max(1, (queue.split.stop - queue.split.next) // least))
         yield from range(queue.running + len(queue.again))
 
     @staticmethod

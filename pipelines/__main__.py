@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from dataengine.leases import Leases
 from dataengine.manifest import Dataset
+from dataengine.schedule import single
 from pipelines import running
-from pipelines.cli import Bad, Json, Modalities, Recipe, Root, RunnerOption, Workers, app, exits, say
+from pipelines.cli import (
+    Bad,
+    BatchSeconds,
+    CpuPrice,
+    GpuPrice,
+    Json,
+    Modalities,
+    Permissive,
+    Recipe,
+    Root,
+    RunnerOption,
+    Workers,
+    app,
+    exits,
+    say,
+)
+from pipelines.live import Prices
 from pipelines.running import console
 
 
@@ -26,7 +45,7 @@ def ingest(
     seed: Annotated[int, typer.Option(help="Seed of the crops.")] = 0,
     max_pixels: Annotated[int | None, typer.Option(help="Refuse images that declare more pixels.")] = None,
     runner: RunnerOption = "ray",
-    workers: Workers = 2,
+    workers: Workers = None,
     max_bad_fraction: Bad = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -40,10 +59,10 @@ def ingest(
         shard_size=shard_size, num_crops=num_crops, min_crop_scale=min_crop_scale, seed=seed, limits=limits
     )
     worker, tasks = prepare(dataset, corpus, settings)
+    rows = {i: split.stop - split.start for i, split in enumerate(worker.splits)}
     summary = running.execute(
         dataset,
-        worker,
-        tasks,
+        [single(worker, tasks, rows, name="ingest")],
         what="ingest",
         runner=runner,
         workers=workers,
@@ -61,31 +80,45 @@ def ingest(
 @app.command()
 @exits
 def plan(
-    root: Root, modalities: Modalities = None, recipe: Recipe = None, workers: Workers = 2, as_json: Json = False
+    root: Root,
+    modalities: Modalities = None,
+    recipe: Recipe = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure the labelers, rehearse the run on a copy of some images.")
+    ] = False,
+    price_gpu_hour: GpuPrice = None,
+    price_cpu_hour: CpuPrice = None,
+    permissive: Permissive = False,
+    measure_again: Annotated[bool, typer.Option("--measure-again", help="Measure what was measured before.")] = False,
+    runner: RunnerOption = "ray",
+    workers: Workers = None,
+    device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
+    as_json: Json = False,
 ) -> None:
-    """The cells to do, in order, and what they will cost, measured on a few images here; nothing is written."""
-    from pipelines import estimate, label
+    """The cells to do and the groups they will run in; with --estimate, time, size and cost. Nothing is labelled."""
+    from pipelines import bill, label, planning
+    from pipelines import estimate as estimates
+    from pipelines.licences import refuse_restricted
 
     dataset = Dataset(root)
     names, settings = _split(modalities)
-    made = label.plan(dataset, names, recipe, settings)
-    lines = estimate.estimate(dataset, made)
-    hours = sum(line.seconds for line in lines) / workers / 3600
-    if as_json:
-        say(
-            {"cells": made.num_cells, "done": made.num_done, "hours": hours, "labelers": [vars(x) for x in lines]},
-            True,
-            "",
+    made, pins = label.plan(dataset, names, recipe, settings), label.run_of(recipe).groups
+    if permissive:
+        refuse_restricted(made.labelers, dataset)
+    where = planning.likely_device(device)
+    prices = Prices(price_gpu_hour, price_cpu_hour)
+    found = None
+    if estimate:
+        found = estimates.estimate(
+            dataset, made, pins, device=where, runner=runner, workers=workers, prices=prices, again=measure_again
         )
+    said = bill.described(dataset, made, pins, device=where, workers=workers)
+    if as_json:
+        say(said if found is None else {**said, "estimate": bill.as_json(found)}, True, "")
         return
-    table = Table(
-        "labeler", "makes", "cells to do", "images", "s/image here", "core hours", title=f"{made.num_cells} cells to do"
-    )
-    for x in lines:
-        each = "-" if x.seconds_per_image is None else f"{x.seconds_per_image:.3f}"
-        table.add_row(x.labeler, ", ".join(x.emits), str(x.cells), str(x.images), each, f"{x.seconds / 3600:.3f}")
-    console.print(table)
-    console.print(f"{made.num_done} cells are committed already; about {hours:.2f} h with {workers} workers")
+    bill.show_plan(console, said)
+    if found is not None:
+        bill.show_estimate(console, found)
 
 
 @app.command()
@@ -95,33 +128,44 @@ def label(
     modalities: Modalities = None,
     recipe: Recipe = None,
     runner: RunnerOption = "ray",
-    workers: Workers = 2,
+    workers: Workers = None,
     device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
     replace: Annotated[list[str] | None, typer.Option(help="Make this column anew, whatever is committed.")] = None,
+    permissive: Permissive = False,
+    batch_timeout: BatchSeconds = running.BATCH_SECONDS,
+    price_gpu_hour: GpuPrice = None,
+    price_cpu_hour: CpuPrice = None,
     max_bad_fraction: Bad = 0.05,
     as_json: Json = False,
 ) -> None:
     """Label a dataset: make the wanted cells that are not committed yet. Run it again to resume."""
     from pipelines import label as labelling
+    from pipelines.licences import refuse_restricted
+    from pipelines.report_text import printed
 
     dataset = Dataset(root)
     names, settings = _split(modalities)
     made = labelling.plan(dataset, names, recipe, settings, replace or [])
+    if permissive:
+        refuse_restricted(made.labelers, dataset)
     labelling.replace(dataset, replace or [])
     for labeler in made.labelers:
         if labeler.random:
             console.print(f"{labeler.name}: RANDOM WEIGHTS, its labels mean nothing", style="bold yellow")
-    summary = running.execute(
+    summary = labelling.execute(
         dataset,
-        made.group(dataset.store.url),
-        made.tasks,
-        what="label",
+        made,
+        labelling.run_of(recipe).groups,
         runner=runner,
         workers=workers,
-        device=labelling.pick_device(device),
+        device=device,
+        replace=replace or [],
         max_bad_fraction=max_bad_fraction,
-        recipe=[{**x.identity(), "random": x.random} for x in made.labelers],
+        prices=Prices(price_gpu_hour, price_cpu_hour),
+        batch_seconds=batch_timeout,
     )
+    if summary.report and not as_json:
+        console.print(printed(summary.report))
     failed = sum(summary.invalid.values())
     say(
         {**summary.as_json(), "already_committed": made.num_done},
@@ -147,33 +191,51 @@ def status(root: Root, as_json: Json = False) -> None:
     if as_json:
         say([vars(r) for r in rows], True, "")
         return
-    table = Table("modality", "shards", "samples", "failed", "MB", "made by", title=dataset.store.url)
+    table = Table("modality", "shards", "samples", "failed", "MB", "made by", title=dataset.store.name)
     for r in rows:
         who = f"{r.labeler} (RANDOM WEIGHTS)" if r.random else r.labeler
         table.add_row(r.modality, f"{r.shards}/{r.of}", str(r.samples), str(r.invalid), f"{r.num_bytes / 1e6:.1f}", who)
     console.print(table)
-    console.print(f"{len(dataset.quarantine())} items in quarantine")
+    console.print(f"{dataset.num_quarantined()} items in quarantine")
 
 
 @app.command()
 @exits
-def verify(root: Root, as_json: Json = False) -> None:
-    """Re-read everything: hashes, alignment, decodability, the schema of each modality, crops in range."""
-    from rich.progress import Progress
+def verify(
+    root: Root,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="For --replay, as labeler.field=value: sam.checkpoint=PATH.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+    sample: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Decode this fraction of the samples; everything is hashed.")
+    ] = 1.0,
+    replay: Annotated[
+        str | None, typer.Option(help="Label this part of the cells (1% or 0.01) again, and compare the bytes.")
+    ] = None,
+    recipe: Recipe = None,
+    device: Annotated[str, typer.Option(help="torch device of --replay: cpu, cuda, or auto.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Re-read everything: hashes, alignment, decodability, the schema of each modality, crops in range.
 
-    from dataengine import validate
+    Problems are printed as they are found. With --replay, a sample of the labels is made again as well.
+    """
+    from pipelines import verifying
 
     dataset = Dataset(root)
     dataset.plan  # noqa: B018  raises when this is no dataset
-    cells = sum(len(dataset.committed(m)) for m in dataset.modalities())
-    with Progress(console=console) as bar:
-        task = bar.add_task("verify", total=cells)
-        problems = validate.verify(dataset, lambda modality, shard: bar.advance(task))
-    for p in problems:
-        console.print(f"{p.file} {p.key}: {p.problem}", markup=False)
-    say([vars(p) for p in problems], as_json, f"{cells} cells read, {len(problems)} problems")
-    if problems:
+    part = None if replay is None else verifying.fraction(replay)
+    found = verifying.verify(dataset, workers=workers or os.cpu_count() or 1, sample=sample)
+    if part is not None:
+        verifying.replay(dataset, found, part, device, recipe, settings or [])
+    say(found.as_json(), as_json, found.line())
+    if found.problems:
         raise typer.Exit(4)
+
+
+DAY = 86400.0
+"""Seconds after which an upload that was begun and never ended is taken for abandoned."""
 
 
 @app.command()
@@ -183,15 +245,20 @@ def gc(
     delete: Annotated[bool, typer.Option(help="Delete them; without it they are only listed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List what no commit record names (left by interrupted runs), and delete it when told to."""
+    """List what no commit record names (left by interrupted runs), and delete it when told to.
+
+    What a live run is at work on is left alone.
+    """
     dataset = Dataset(root)
     dataset.plan  # noqa: B018  raises when this is no dataset
-    orphans = dataset.orphans()
+    orphans = dataset.orphans(Leases(dataset.store).at_work())
     for path in orphans:
         if not as_json:
             console.print(path, markup=False)
         if delete:
             dataset.store.remove(path)
+    if delete:
+        dataset.store.abort_uploads(older=DAY)
     say(orphans, as_json, f"{len(orphans)} orphans {'deleted' if delete else 'found'}")
 
 
@@ -203,19 +270,20 @@ def retry(
     reason: Annotated[str, typer.Option(help="Only cells with a failure whose reason holds this text.")] = "",
     recipe: Recipe = None,
     runner: RunnerOption = "ray",
-    workers: Workers = 2,
+    workers: Workers = None,
     max_bad_fraction: Bad = 0.05,
 ) -> None:
     """Make cells with failed labels again: forget them, then label. Samples refused at ingest are in no cell."""
+    from dataengine.index import Index
     from pipelines import label as labelling
 
     dataset = Dataset(root)
     names, settings = _split(modalities)
-    ingested = dataset.plan.ingested
+    ingested, index = dataset.plan.ingested, Index.open(dataset.store)
     failed = [
         (m, shard)
-        for m in names or [m for m in dataset.modalities() if m not in ingested and not m.startswith("tok")]
-        for shard in dataset.committed(m)
+        for m in names or [m for m in index.modalities() if m not in ingested and not m.startswith("tok")]
+        for shard in index.failed(m)
         if any(reason in why for why in getattr(dataset.commit(m, shard), "invalid", {}).values())
     ]
     again = sorted({m for m, _ in failed})
@@ -226,7 +294,7 @@ def retry(
     labelling.plan(dataset, again, recipe, settings, failed)
     for m, shard in failed:
         dataset.uncommit(m, shard)
-    label(root, [*again, *settings], recipe, runner, workers, "auto", None, max_bad_fraction, False)
+    label(root, [*again, *settings], recipe, runner, workers, max_bad_fraction=max_bad_fraction)
 
 
 @app.command()

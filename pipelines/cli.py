@@ -12,11 +12,13 @@ import typer
 
 from dataengine.manifest import Conflict, NotADataset
 from dataengine.storage import redacted
+from dataengine.work import Stopped, Unfinished
 from pipelines.running import Runner, TooManyBad, console
 
 EXIT_CODES = """
 Exit codes: 0 all that was wanted is committed; 1 an unexpected error; 2 a wrong command, setting or input;
-3 more failures than --max-bad-fraction; 4 verify found something; 5 a conflict with what is committed already."""
+3 more failures than --max-bad-fraction; 4 verify found something; 5 a conflict with what is committed already;
+6 some shards could not be done, all others are; 7 stopped by a signal, to be run again."""
 
 app = typer.Typer(
     name="dataengine",
@@ -37,13 +39,22 @@ Settings = Annotated[list[str] | None, typer.Argument(help="Changes to the recip
 RunnerOption = Annotated[
     Runner, typer.Option(help="ray: on the Ray cluster of RAY_ADDRESS or of this machine; local: in this process.")
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one core (and one GPU, if any) each.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most so many worker processes; without it, all that the cluster has room for."),
+]
+GpuPrice = Annotated[float | None, typer.Option(min=0.0, help="What an hour of one GPU costs, for the cost so far.")]
+CpuPrice = Annotated[float | None, typer.Option(min=0.0, help="What an hour of one CPU core costs.")]
+BatchSeconds = Annotated[
+    float, typer.Option(min=1.0, help="A labeler that takes longer for one batch counts as hung, and is replaced.")
+]
 Bad = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Fail when a larger fraction is refused or cannot be labelled.")
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")
 ]
+Permissive = Annotated[bool, typer.Option("--permissive", help="Refuse labelers whose weights forbid commercial use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 
 
@@ -56,6 +67,10 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except TooManyBad as error:
             _fail(error, 3)
+        except Unfinished as error:
+            _fail(error, 6)
+        except Stopped as error:
+            _fail(error, 7)
         except Conflict as error:
             _fail(error, 5)
         except (NotADataset, ValueError, FileNotFoundError, ImportError) as error:

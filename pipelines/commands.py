@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dataengine.manifest import Dataset
-from pipelines import config, running
+from dataengine.schedule import single
+from pipelines import config, label, running
 from pipelines.cli import Bad, Json, Modalities, Root, RunnerOption, Settings, Workers, app, exits, say
 from pipelines.running import console
 
@@ -22,7 +23,7 @@ def tokenize(
     modalities: Modalities = None,
     tokenizers: Annotated[str, typer.Option(help="Folder of <modality>.safetensors files.")] = "tokenizers",
     runner: RunnerOption = "ray",
-    workers: Workers = 2,
+    workers: Workers = None,
     max_bad_fraction: Bad = 0.05,
     as_json: Json = False,
 ) -> None:
@@ -33,10 +34,9 @@ def tokenize(
     dataset = Dataset(root)
     made = labelers(tokenizers, modalities or [])
     plan = plan_labels(dataset, [m for t in made for m in t.emits], made)
-    summary = running.execute(
+    summary = label.execute(
         dataset,
-        plan.group(dataset.store.url),
-        plan.tasks,
+        plan,
         what="tokenize",
         runner=runner,
         workers=workers,
@@ -57,7 +57,7 @@ def pack(
     text_tokenizer: Annotated[str, typer.Option(help="The WordPiece JSON file.")] = "tokenizers/text.json",
     pixels: Annotated[int, typer.Option(min=0, help="Side of the images packed beside the tokens; 0 for none.")] = 0,
     runner: RunnerOption = "local",
-    workers: Workers = 2,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Pack the token and text columns of each shard into one Arrow file that a trainer memory-maps."""
@@ -66,7 +66,13 @@ def pack(
     dataset = Dataset(root)
     worker, tasks = prepare(dataset, text_tokenizer, pixels)
     summary = running.execute(
-        dataset, worker, tasks, what="pack", runner=runner, workers=workers, device="cpu", max_bad_fraction=0.0
+        dataset,
+        [single(worker, tasks, name="pack")],
+        what="pack",
+        runner=runner,
+        workers=workers,
+        device="cpu",
+        max_bad_fraction=0.0,
     )
     say(
         {**summary.as_json(), "columns": [c.name for c in worker.columns]},

@@ -22,6 +22,7 @@ from dataengine.ingest import IngestSettings, prepare
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.plan import plan_labels
+from dataengine.schedule import single
 from pipelines import config, label, pack, photos, running
 from pipelines.recipes import _scenes
 from pipelines.running import Runner, console
@@ -104,9 +105,8 @@ class _Clock:
 
 def _ingest(dataset: Dataset, corpus: str, shard_size: int, runner: Runner, workers: int) -> None:
     worker, tasks = prepare(dataset, corpus, IngestSettings(shard_size=shard_size))
-    running.execute(
-        dataset, worker, tasks, what="ingest", runner=runner, workers=workers, device="cpu", max_bad_fraction=0.0
-    )
+    stages = [single(worker, tasks, name="ingest")]
+    running.execute(dataset, stages, what="ingest", runner=runner, workers=workers, device="cpu", max_bad_fraction=0.0)
 
 
 def _label_photos(dataset: Dataset, out: Path, runner: Runner, workers: int) -> None:
@@ -134,10 +134,7 @@ def _label(
 
 
 def _execute(dataset: Dataset, plan: Any, what: str, runner: Runner, workers: int) -> None:
-    group = plan.group(dataset.store.url)
-    running.execute(
-        dataset, group, plan.tasks, what=what, runner=runner, workers=workers, device="cpu", max_bad_fraction=0.05
-    )
+    label.execute(dataset, plan, what=what, runner=runner, workers=workers, device="cpu", max_bad_fraction=0.05)
 
 
 def _train_text(datasets: Sequence[Dataset], path: Path) -> None:
@@ -206,9 +203,8 @@ def _tokenize(dataset: Dataset, modalities: Sequence[str], folder: Path, runner:
 
 def _pack(dataset: Dataset, text_tokenizer: Path, workers: int) -> None:
     worker, tasks = pack.prepare(dataset, str(text_tokenizer), _scenes.SIDE)
-    running.execute(
-        dataset, worker, tasks, what="pack", runner="local", workers=workers, device="cpu", max_bad_fraction=0.0
-    )
+    stages = [single(worker, tasks, name="pack")]
+    running.execute(dataset, stages, what="pack", runner="local", workers=workers, device="cpu", max_bad_fraction=0.0)
 
 
 def _train_model(out: Path, steps: int | None) -> None:

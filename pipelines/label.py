@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from dataengine import plugins, versions
-from dataengine.groups import Group
+from dataengine.groups import Group, Node
 from dataengine.index import Index
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.plan import LabelPlan, plan_labels
 from dataengine.versions import Versioned
-from pipelines import config
+from pipelines import config, running
+from pipelines.live import Prices
 from pipelines.pack import CELL
+from pipelines.running import Runner, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,55 @@ def _reads(settings: Sequence[str]) -> tuple[list[str], dict[str, tuple[tuple[st
         else:
             of_labelers.append(setting)
     return of_labelers, reads
+
+
+def execute(
+    dataset: Dataset,
+    made: LabelPlan,
+    pins: Sequence[Group] = (),
+    *,
+    runner: Runner,
+    workers: int | None,
+    device: str,
+    max_bad_fraction: float,
+    what: str = "label",
+    replace: Sequence[str] = (),
+    prices: Prices | None = None,
+    batch_seconds: float = running.BATCH_SECONDS,
+) -> Summary:
+    """Run a label plan: packed into groups by what is known of its labelers and of the nodes there are."""
+    if not made.tasks:
+        return Summary(what, 0)
+    from pipelines import planning
+
+    with ExitStack() as stack:
+        nodes: list[Node] = []
+        where = pick_device(device)
+        if runner == "ray":
+            from dataengine import actors
+
+            stack.enter_context(actors.connected())
+            nodes = [
+                Node(cpus=n.get("CPU", 0.0), gpus=n.get("GPU", 0.0), memory_bytes=int(n.get("memory", 0)))
+                for n in actors.resources()
+            ]
+            if device == "auto" and any(node.gpus for node in nodes):
+                where = "cuda"  # a driver without a GPU may lead a cluster that has some
+        stages = planning.stages(dataset, made, pins, device=where, workers=workers, nodes=nodes, replace=replace)
+        alone = planning.kept(made.labelers, where)
+        return running.execute(
+            dataset,
+            stages,
+            what=what,
+            runner=runner,
+            workers=workers,
+            device=where,
+            max_bad_fraction=max_bad_fraction,
+            recipe=[{**x.identity(), "random": x.random} for x in made.labelers],
+            prices=prices,
+            light={name: max(b.images_per_second for b in seen.batches) for name, seen in alone.items()},
+            batch_seconds=batch_seconds,
+        )
 
 
 def replace(dataset: Dataset, modalities: Sequence[str]) -> int:

@@ -1,25 +1,30 @@
-"""Run tasks with a progress bar, an event log and a limit on failures: what ingest, label and tokenize share."""
+"""Run stages with everything that looks on, and a limit on failures: what ingest, label, tokenize and pack share."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
+import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from dataengine.events import Event
 from dataengine.manifest import Dataset
-from dataengine.work import Report, Task, Worker
+from dataengine.schedule import Stage
+from dataengine.work import Report
+from pipelines.live import Prices
+from pipelines.metrics import METRICS
+from pipelines.monitor import Monitor
+from pipelines.visible import SafeConsole
 
-console = Console(stderr=True, soft_wrap=True)
+console = SafeConsole(stderr=True, soft_wrap=True)
 
 Runner = Literal["ray", "local"]
+
+BATCH_SECONDS = 300.0
+"""How long a labeler may take for one batch before its process counts as hung."""
 
 
 class TooManyBad(RuntimeError):
@@ -39,6 +44,8 @@ class Summary:
     invalid: Counter[str] = field(default_factory=Counter)
     labelled: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    report: dict[str, Any] = field(default_factory=dict)
+    """The final report, as `runs/<id>/report.json` holds it."""
 
     def add(self, report: Report) -> None:
         """Count one report."""
@@ -69,67 +76,62 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         """The summary as plain values."""
         counts = {name: dict(getattr(self, name)) for name in ("invalid", "labelled", "reasons")}
-        return {**vars(self), **counts, "seconds": round(self.seconds, 3)}
+        values = {k: v for k, v in vars(self).items() if k != "report"}
+        return {**values, **counts, "seconds": round(self.seconds, 3)}
 
 
 def execute(
     dataset: Dataset,
-    worker: Worker,
-    tasks: Sequence[Task],
+    stages: Sequence[Stage],
     *,
     what: str,
     runner: Runner,
-    workers: int,
+    workers: int | None,
     device: str,
     max_bad_fraction: float,
     recipe: Any = None,
+    prices: Prices | None = None,
+    light: Mapping[str, float] | None = None,
+    batch_seconds: float = BATCH_SECONDS,
 ) -> Summary:
-    """Run the tasks, show progress, log events under `runs/`, and stop once the failures are too many."""
-    from dataengine import local
-
-    summary = Summary(what, len(tasks))
-    if not tasks:
+    """Run stages under the eyes of a monitor (table, log, metrics, report), and stop once the failures are too many."""
+    stages = [s for s in stages if s.tasks]
+    summary = Summary(what, sum(len(s.tasks) for s in stages))
+    if not stages:
         return summary
-    if runner == "ray":
-        from dataengine import actors
-
-        run = actors.run
-    else:
-        run = local.run
     began = time.time()
-    log = f"runs/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(began))}-{what}-{os.getpid()}/events.jsonl"
-    cells = sum(len(t.specs) for t in tasks)
-    _event(dataset, log, "start", what=what, runner=runner, workers=workers, device=device, cells=cells, recipe=recipe)
-    with Progress(
-        TextColumn(f"{what:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
-    ) as bar:  # fmt: skip
-        progress = bar.add_task(what, total=len(tasks), note="")
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(began))}-{what}-{os.getpid()}"
+    meters = None
+    if runner == "ray":
+        from dataengine import _ray_metrics, actors
 
-        def on_report(report: Report) -> None:
-            summary.add(report)
-            _event(dataset, log, "shard", **dataclasses.asdict(report))
-            rate = summary.num_samples / max(time.time() - began, 1e-9)
-            bad = sum(summary.invalid.values()) + summary.num_refused
-            bar.update(progress, advance=1, note=f"{rate:.1f} images/s" + (f", {bad} bad" if bad else ""))
-            if _beyond(summary, tasks, dataset, max_bad_fraction):
-                summary.check(max_bad_fraction)
+        run_stages, meters = actors.run_stages, _ray_metrics.make_meters(METRICS)
+    else:
+        from dataengine import local
+
+        run_stages = local.run_stages
+    with Monitor(dataset.store, run_id, console, prices=prices, light=light, meters=meters) as monitor:
+        values = {"what": what, "runner": runner, "device": device, "recipe": recipe, "pid": os.getpid()}
+        monitor.on_event(Event(began, "run", values={**values, "host": platform.node()}))
+
+        def on_event(event: Event) -> None:
+            monitor.on_event(event)
+            if event.kind == "report" and event.rows is None:
+                summary.add(Report.of(event.values))
+                if _beyond(summary, stages, max_bad_fraction):
+                    summary.check(max_bad_fraction)
 
         try:
-            run(worker, tasks, workers=workers, device=device, on_report=on_report)
+            run_stages(stages, on_event=on_event, device=device, max_workers=workers, batch_seconds=batch_seconds)
         finally:
             summary.seconds = time.time() - began
-            _event(dataset, log, "end", **summary.as_json())
+            monitor.on_event(Event(time.time(), "end", values=summary.as_json()))
+    summary.report = monitor.report
     summary.check(max_bad_fraction)
     return summary
 
 
-def _beyond(summary: Summary, tasks: Sequence[Task], dataset: Dataset, limit: float) -> bool:
+def _beyond(summary: Summary, stages: Sequence[Stage], limit: float) -> bool:
     """Whether even a flawless rest of the run could not bring the failures under the limit."""
-    total = dataset.plan.num_items * len(tasks) / max(dataset.plan.num_shards, 1)
-    worst = max([summary.num_refused, *summary.invalid.values()], default=0)
-    return worst > limit * total
-
-
-def _event(dataset: Dataset, log: str, kind: str, **values: Any) -> None:
-    dataset.store.append(log, json.dumps({"time": round(time.time(), 3), "event": kind, **values}, default=str))
+    total = max(sum(s.num_rows[t.shard] for t in s.tasks) for s in stages)
+    return max([summary.num_refused, *summary.invalid.values()], default=0) > limit * total
