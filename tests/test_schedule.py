@@ -65,7 +65,7 @@ def simulate(stages: Sequence[Stage], workers: Mapping[str, int], lose: Sequence
     return run
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 300), min_size=1, max_size=12),
     workers=st.tuples(st.integers(1, 5), st.integers(1, 5)),
