@@ -30,14 +30,19 @@ from benchmarks import _report
 from benchmarks._null import corpus
 from dataengine.manifest import Dataset
 from dataengine.storage import Store
+from tests.faulty_s3 import FaultyS3
 
 Target = Literal["driver", "worker", "raylet"]
 TARGETS: tuple[Target, ...] = ("driver", "worker", "raylet")
 PROJECT = Path(__file__).parents[1]
 WANTED = ("canny_edge", "color_palette", "sam_edge")
 IMAGES, SHARD = 64, 8
+HORIZON = 10.0
+"""A kill comes at a random instant of so many seconds: about what a calm run takes, its start included."""
+FAULTS = 0.01
+"""Requests to S3 that fail: reset, refused or cut, before or after the store has done what they asked."""
 LONGEST = 300.0
-"""Seconds that a disturbed run may go on without ending."""
+"""Seconds that a run may go on after the last kill."""
 
 
 @contextmanager
@@ -56,7 +61,11 @@ def cluster() -> Iterator[Any]:
 
 @contextmanager
 def s3() -> Iterator[str]:
-    """A bucket on an S3 API server in a process of its own."""
+    """A bucket on an S3 API server in a process of its own, behind a proxy.
+
+    The proxy makes conditional puts one step, which this server does not do by itself, and lets one request in a
+    hundred fail in some way, so that kills meet a store that has a bad day.
+    """
     import socket
 
     import boto3
@@ -66,8 +75,9 @@ def s3() -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    proxy = FaultyS3(f"http://127.0.0.1:{port}", chance=FAULTS)
     settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": proxy.__enter__(),
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -75,7 +85,7 @@ def s3() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        client = boto3.client("s3")
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         for _ in range(100):
             try:
                 client.create_bucket(Bucket="sweep")
@@ -86,6 +96,7 @@ def s3() -> Iterator[str]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        proxy.__exit__()
         server.kill()
         server.wait()
 
@@ -95,15 +106,9 @@ def tree(store: Store) -> dict[str, bytes]:
     return {p: store.read(p) for p in store.find() if not p.startswith("runs/")}
 
 
-def stamps(store: Store) -> dict[str, tuple[Any, str]]:
-    """When each commit record was written, and what it is."""
-    found = {}
-    for column in WANTED:
-        for entry in store.entries(f"commits/{column}"):
-            path = f"commits/{column}/{entry.name}"
-            info = store.fs.info(f"{store.base}/{path}")
-            found[path] = (info.get("LastModified", info.get("mtime")), entry.tag)
-    return found
+def stamps(store: Store) -> dict[str, str]:
+    """The change tag of every commit record; on a disk it changes even when the same bytes are written again."""
+    return {f"commits/{c}/{entry.name}": entry.tag for c in WANTED for entry in store.entries(f"commits/{c}")}
 
 
 @dataclass
@@ -120,8 +125,9 @@ class Sweep:
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     driver: subprocess.Popen[bytes] | None = None
-    began: float = 0.0
-    seen: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    """When each commit record was first seen: its cell must not be labelled after that."""
 
     def __post_init__(self) -> None:
         self.store = Store(self.root)
@@ -137,8 +143,7 @@ class Sweep:
         for path, data in self.ingested.items():
             self.store.publish(path, data)
         self.calls.write_text("")
-        self.seen = {}
-        self.began = time.monotonic()
+        self.seen, self.first = {}, {}
 
     def start(self) -> None:
         """Start a driver."""
@@ -165,10 +170,11 @@ class Sweep:
                     break
                 time.sleep(0.05)
         assert self.driver is not None
+        until = time.monotonic() + LONGEST
         while self.driver.poll() is None:
             self.check_committed()
             time.sleep(0.2)
-            assert time.monotonic() - self.began < LONGEST, f"the run does not end; see {self.log.name}"
+            assert time.monotonic() < until, f"the run does not end: {Path(self.log.name).read_text()[-2000:]}"
         self.ended()
 
     def kill(self, target: Target) -> bool:
@@ -204,6 +210,8 @@ class Sweep:
         changed = [p for p, stamp in self.seen.items() if now.get(p) != stamp]
         assert not changed, f"committed cells were written again: {changed}"
         self.seen = now
+        for path in now:
+            self.first.setdefault(path, time.time())
 
     def ended(self) -> None:
         """Hold a run that has ended to what was promised."""
@@ -213,9 +221,7 @@ class Sweep:
         self.check_committed()
         committed = {}
         for shard in range(IMAGES // SHARD):
-            at = self.seen[f"commits/sam_edge/shard-{shard:05d}.json"][0]
-            # S3 tells whole seconds.
-            at = at.timestamp() + 1 if hasattr(at, "timestamp") else float(at)
+            at = self.first[f"commits/sam_edge/shard-{shard:05d}.json"]
             committed |= dict.fromkeys(Dataset(self.root).keys(shard), at)
         for line in self.calls.read_text().splitlines():
             when, *keys = line.split()
@@ -235,7 +241,7 @@ def fire(
     """One sweep on a store; `calm` is the tree of an undisturbed run and `base` an ingested root."""
     folder.mkdir(parents=True)
     ingested = tree(Store(base))
-    sweep = Sweep(store, calm, ingested, folder, made, random.Random(seed), horizon=12.0)
+    sweep = Sweep(store, calm, ingested, folder, made, random.Random(seed), horizon=HORIZON)
     try:
         sweep.sweep(targets)
     finally:
