@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeAlias
 
 MAX_EXTENDED = 1 << 20
 """Bytes of an extended header (a long name, PAX records); a name has 4 KiB on any file system."""
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _BLOCK = tarfile.BLOCKSIZE
 _KINDS = {
@@ -46,15 +48,16 @@ class Header:
     size: int
 
 
-def headers(stream: IO[bytes], end: int) -> Iterator[Header]:
-    """Every member of a seekable tar of `end` bytes, in order; DamagedTar after the last one that is whole.
+def headers(read: Callable[[int, int], bytes], end: int) -> Iterator[Header]:
+    """Every member of a tar of `end` bytes, in order, by what `read(position, size)` gives of it.
 
-    PAX records may give a member another name and size; those of global headers are ignored.
+    DamagedTar after the last member that is whole. PAX records may give a member another name and size; those of
+    global headers are ignored.
     """
     position = 0
     records: dict[bytes, bytes] = {}
     while True:
-        block = _read(stream, position, _BLOCK)
+        block = read(position, _BLOCK)
         if len(block) < _BLOCK:
             raise DamagedTar("no end marker where the members end: cut short")
         if block == bytes(_BLOCK):
@@ -62,14 +65,14 @@ def headers(stream: IO[bytes], end: int) -> Iterator[Header]:
         name, kind, size = _parsed(block)
         position += _BLOCK
         if kind in _EXTENDED:
-            position, body = _extended(stream, position, size, end)
+            position, body = _extended(read, position, size, end)
             if kind == tarfile.GNUTYPE_LONGNAME:
                 records[b"path"] = body.partition(b"\0")[0]
             elif kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 records |= _records(body)
             continue
         if kind == tarfile.GNUTYPE_SPARSE:
-            position = _after_map(stream, position, block)
+            position = _after_map(read, position, block)
         header = _header(name, kind, size, records, position)
         length = 0 if header.kind in _WITHOUT_CONTENT else header.size
         if length < 0 or position + length > end:
@@ -79,21 +82,27 @@ def headers(stream: IO[bytes], end: int) -> Iterator[Header]:
         records = {}
 
 
-def in_memory(data: bytes) -> Iterator[Header]:
+def in_memory(data: Buffer) -> Iterator[Header]:
     """The members of a whole tar."""
-    return headers(io.BytesIO(data), len(data))
+    view = memoryview(data)
+    return headers(lambda position, size: bytes(view[position : position + size]), len(view))
 
 
-def _read(stream: IO[bytes], position: int, size: int) -> bytes:
-    stream.seek(position)
-    return stream.read(size)
+def in_file(stream: IO[bytes]) -> Iterator[Header]:
+    """The members of a seekable file; only their headers are read."""
+
+    def read(position: int, size: int) -> bytes:
+        stream.seek(position)
+        return stream.read(size)
+
+    return headers(read, stream.seek(0, io.SEEK_END))
 
 
-def _extended(stream: IO[bytes], position: int, size: int, end: int) -> tuple[int, bytes]:
+def _extended(read: Callable[[int, int], bytes], position: int, size: int, end: int) -> tuple[int, bytes]:
     """(where the next header is, the content of an extended header)."""
     if not 0 <= size <= MAX_EXTENDED or position + size > end:
         raise DamagedTar(f"an extended header of {size} bytes, expected at most {MAX_EXTENDED}")
-    return position + -(-size // _BLOCK) * _BLOCK, _read(stream, position, size)
+    return position + -(-size // _BLOCK) * _BLOCK, read(position, size)
 
 
 def _records(body: bytes) -> dict[bytes, bytes]:
@@ -148,10 +157,10 @@ def _header(name: bytes, kind: bytes, size: int, records: dict[bytes, bytes], po
     return Header(shown, what, position, size if said is None else int(said))
 
 
-def _after_map(stream: IO[bytes], position: int, block: bytes) -> int:
+def _after_map(read: Callable[[int, int], bytes], position: int, block: bytes) -> int:
     """Where the content of an old GNU sparse file begins: after as many blocks of its map as there are."""
     more = block[482]
     while more:
-        more = _read(stream, position, _BLOCK)[504:505] not in (b"", b"\0")
+        more = read(position, _BLOCK)[504:505] not in (b"", b"\0")
         position += _BLOCK
     return position

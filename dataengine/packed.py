@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 FORMAT = 1
 _METADATA = b"dataengine.tokens"
@@ -76,6 +77,37 @@ def _array(column: Column, num_crops: int, values: Sequence[Any]) -> pa.Array:
             row[...] = value
     missing = pa.array([value is None for value in values], pa.bool_())
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
+
+
+def check(data: bytes | memoryview) -> tuple[str, ...]:
+    """The keys of a packed shard in memory; ValueError when it is not what `write` makes, or an id has no word.
+
+    `Packed` trusts its file for the sake of speed: what others have made is held to this first.
+    """
+    try:
+        with pa.ipc.open_file(pa.BufferReader(data)) as reader:
+            if reader.num_record_batches != 1:
+                raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
+            batch = reader.get_batch(0)
+        batch.validate(full=True)
+        about = json.loads((batch.schema.metadata or {}).get(_METADATA, b"{}"))
+        if about.get("format") != FORMAT:
+            raise ValueError(f"token format {about.get('format')}, expected {FORMAT}")
+        columns = [Column(**c) for c in about["columns"]]
+        fields = [pa.field(c.name, _arrow_type(c, int(about["num_crops"]))) for c in columns]
+    except (pa.ArrowException, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"no packed shard: {type(error).__name__}: {error}") from error
+    expected = pa.schema([pa.field("key", pa.string()), *fields])
+    if not batch.schema.equals(expected):
+        raise ValueError(f"columns {batch.schema.to_string()!r:.300}, expected {expected.to_string()!r:.300}")
+    for column in columns:
+        ids = batch.column(column.name).flatten()
+        if column.kind == "sequence":
+            ids = ids.flatten().flatten()
+        largest = pc.max(ids).as_py()
+        if column.kind != "pixels" and column.vocab_size and largest is not None and largest >= column.vocab_size:
+            raise ValueError(f"{column.name}: id {largest}, expected less than {column.vocab_size}")
+    return tuple(map(str, batch.column("key").to_pylist()))
 
 
 class Packed:

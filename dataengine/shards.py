@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dataengine import _tars
+from dataengine._tars import Buffer
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,25 @@ def build_tar(members: Iterable[Member]) -> bytes:
     return stream.getvalue()
 
 
-def read_tar(data: bytes) -> Iterator[Member]:
+def read_tar(data: Buffer) -> Iterator[Member]:
     """The members of a tar in their order; ValueError when it is cut or damaged, or one is no regular file.
 
     Folders are passed over. Nothing is written or followed by a member's name.
     """
+    view = memoryview(data)
+    for key, suffix, start, stop in list_tar(data):
+        yield Member(key, suffix, bytes(view[start:stop]))
+
+
+def list_tar(data: Buffer) -> Iterator[tuple[str, str, int, int]]:
+    """(key, suffix, first byte, end) of each member that `read_tar` gives, without copying any; the same errors."""
     for header in _tars.in_memory(data):
         if header.kind == "folder":
             continue
         if header.kind != "file":
             raise _tars.DamagedTar(f"{header.name!r} is a {header.kind}, expected a regular file")
         key, _, suffix = header.name.partition(".")
-        yield Member(key, suffix, data[header.offset : header.offset + header.size])
+        yield key, suffix, header.offset, header.offset + header.size
 
 
 def sha256(data: bytes) -> str:

@@ -214,6 +214,7 @@ def verify(
         str | None, typer.Option(help="Label this part of the cells (1% or 0.01) again, and compare the bytes.")
     ] = None,
     recipe: Recipe = None,
+    tokenizers: Annotated[str | None, typer.Option(help="Folder of tokenizers, to replay token columns.")] = None,
     device: Annotated[str, typer.Option(help="torch device of --replay: cpu, cuda, or auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -228,7 +229,7 @@ def verify(
     part = None if replay is None else verifying.fraction(replay)
     found = verifying.verify(dataset, workers=workers or os.cpu_count() or 1, sample=sample)
     if part is not None:
-        verifying.replay(dataset, found, part, device, recipe, settings or [])
+        verifying.replay(dataset, found, part, device, recipe, settings or [], tokenizers)
     say(found.as_json(), as_json, found.line())
     if found.problems:
         raise typer.Exit(4)

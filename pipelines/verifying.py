@@ -17,7 +17,7 @@ from dataengine.labeler import Labeler
 from dataengine.manifest import Commit, Dataset
 from dataengine.validate import Problem
 from dataengine.versions import Versioned
-from pipelines import config, label, planning
+from pipelines import config, label, planning, tokenize
 from pipelines.running import console
 
 
@@ -103,10 +103,15 @@ def replay(
     device: str,
     recipe: str | None = None,
     settings: Sequence[str] = (),
+    tokenizers: str | None = None,
 ) -> None:
-    """Label a part of the committed cells again and compare, under a progress bar; nothing is written to the root."""
+    """Label a part of the committed cells again and compare, under a progress bar; nothing is written to the root.
+
+    Labelers of a recipe and tokenizers of a folder are tried before those of the registry.
+    """
     records = replays.drawn(dataset, part)
-    made = Maker(dataset, label.run_of(recipe).labelers, settings)
+    given = [*label.run_of(recipe).labelers, *([] if tokenizers is None else tokenize.labelers(tokenizers, []))]
+    made = Maker(dataset, given, settings)
     with Progress(
         TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), console=console
     ) as bar:  # fmt: skip
@@ -152,7 +157,7 @@ class Maker:
                 candidates.append(TypeAdapter(kind).validate_python(made.get("settings") or {}))
             except ValidationError as error:
                 raise ValueError(f"{name} here has no such settings: {error.errors()[0]['msg']}") from error
-        why = f"there is no labeler {name!r} here; is it one of a recipe? --recipe names it"
+        why = f"there is no labeler {name!r} here; --recipe or --tokenizers may have it"
         for candidate in candidates:
             labeler = config.override(candidate, own)
             try:

@@ -140,7 +140,7 @@ def _index(stream: IO[bytes]) -> list[_Item]:
     seen: Counter[tuple[str, str]] = Counter()
     damage = []
     try:
-        for header in _tars.headers(stream, stream.seek(0, io.SEEK_END)):
+        for header in _tars.in_file(stream):
             if header.kind != "folder" and (found := _MEMBER.fullmatch(header.name)):
                 name, suffix = found[1], found[2].lower()
                 # The same name a second time begins another item, so that no image is lost.
