@@ -12,9 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dataengine import verdicts
+from dataengine.cluster import Cluster
 from dataengine.events import Event
 from dataengine.manifest import Conflict
 from dataengine.schedule import Schedule, Stage
@@ -32,39 +33,14 @@ SILENT_SECONDS = 60.0
 DRAIN_SECONDS = 25.0
 """How long workers may take to leave their batches when the run is told to stop: less than the usual grace of 30 s."""
 
+CLOSE_SECONDS = 5.0
+"""How long a worker may take to clear up behind it."""
+
 BUSY_SECONDS = 2.0
 """When to ask again for a shard that another run holds."""
 
 LOOK_SECONDS = 2.0
 REBALANCE_SECONDS = 60.0
-
-
-class Cluster(Protocol):
-    """What the driver needs of a cluster: processes that can be asked things, and nodes that come and go."""
-
-    elastic: bool
-    """Whether asking for more workers than there is room for may bring more nodes."""
-
-    def start(self, stage: Stage, device: str, batch_seconds: float) -> Any:
-        """A new worker of a stage, wherever and whenever there is room for it."""
-
-    def ask(self, worker: Any, what: str, *arguments: Any) -> Any:
-        """Call `ready`, `run`, `drain` or `usage` of a worker; the answer is to be waited for."""
-
-    def wait(self, answers: list[Any], seconds: float) -> list[Any]:
-        """Those of some answers that are there, at least one of them unless the time is over."""
-
-    def get(self, answer: Any) -> Any:
-        """What was answered; raises what was raised, or what became of the worker."""
-
-    def kill(self, worker: Any) -> None:
-        """End a worker at once."""
-
-    def nodes(self) -> dict[str, dict[str, float]]:
-        """The resources of every node that is alive."""
-
-    def draining(self) -> dict[str, int]:
-        """Nodes that have announced their end, with the deadline (milliseconds since the epoch, 0 for none)."""
 
 
 @dataclass(eq=False)
@@ -158,8 +134,7 @@ class Driver:
                     f"{self.signal}: finished rows are in staging, run the same command again to go on from there"
                 )
         finally:
-            for handle in self._handles():
-                self.cluster.kill(handle.actor)
+            self._close(self._handles())
         if self.schedule.failed:
             raise Unfinished(self.schedule.failed)
 
@@ -265,12 +240,25 @@ class Driver:
         if handle not in self.workers[handle.stage.name]:
             return
         self.workers[handle.stage.name].remove(handle)
-        self.cluster.kill(handle.actor)
+        if planned:
+            self._close([handle])
+        else:
+            self.cluster.kill(handle.actor)
         self._tell("worker-down", handle.stage.name, handle, cause=why, planned=planned)
         for task in handle.tasks.values():
             self._tell("lost", handle.stage.name, handle, task, cause=why)
             self.schedule.again(handle.stage.name, task)
         handle.tasks = {}
+
+    def _close(self, handles: Sequence[_Handle]) -> None:
+        """Let workers clear up behind them, and end those that do not."""
+        up = [self.cluster.ask(h.actor, "close") for h in handles if h.up]
+        until = time.monotonic() + CLOSE_SECONDS
+        while up and time.monotonic() < until:
+            done = self.cluster.wait(up, until - time.monotonic())
+            up = [answer for answer in up if answer not in done]
+        for handle in handles:
+            self.cluster.kill(handle.actor)
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 

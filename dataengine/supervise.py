@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import os
 import shutil
@@ -39,6 +40,7 @@ MAX_IDLE_DEATHS = 3
 """Children that may end in the middle of a task but in no step of it before the task is given up."""
 
 _POLL = 0.2
+_PREFIX = "dataengine-worker-"
 
 
 class WorkerDies(RuntimeError):
@@ -62,7 +64,11 @@ class Supervised:
     def __init__(
         self, worker: Worker, device: str, *, batch_seconds: float = 300.0, start_seconds: float = 3600.0
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix=f"dataengine-{os.getpid()}-"))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Held while this process lives, however it ends: a folder that can be locked belongs to nobody.
+        self._claim = os.open(self._folder / "claim", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._claim, fcntl.LOCK_EX)
         (self._folder / "spool").mkdir()
         if hasattr(worker, "spool"):
             worker = replace(worker, spool=str(self._folder / "spool"))  # type: ignore[type-var]
@@ -154,6 +160,7 @@ class Supervised:
             if self._child is not None:
                 self._child.end()
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._claim)
             self._fail(WorkerDies("the worker was closed"))
 
     def _follow(self, child: _Child) -> str:
@@ -214,6 +221,18 @@ class Supervised:
             for running in self._running.values():
                 if not running.done.done():
                     running.done.set_exception(error)
+
+
+def _sweep() -> None:
+    """Delete what workers that were killed have left on this machine."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            claim = os.open(folder / "claim", os.O_RDWR)
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(claim)
 
 
 def _obituary(step: Step | None, how: str) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -297,3 +300,24 @@ def test_a_shard_done_in_ranges_by_several_workers_has_the_bytes_of_one_done_who
     assert called(calls) == counts
     assert tree(tmp_path / "root") == tree(tmp_path / "calm")
     assert committed(dataset, "sam_edge").invalid == {failing: "input canny_edge is not valid"}
+
+
+def test_what_a_killed_worker_left_on_its_machine_is_cleared_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (there := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(there))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    dataset = ingested(tmp_path)
+    worker, _ = group(dataset, Faulty())
+    code = "import os, pickle, sys; from dataengine.supervise import Supervised\n"
+    code += "from dataengine.work import LabelGroup; from tests.faulty import Faulty\n"
+    code += "Supervised(LabelGroup(sys.argv[1], (Faulty(),)), 'cpu').wait_started(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, dataset.store.url], cwd=Path(__file__).parents[1], check=False)
+    (left,) = there.glob("dataengine-worker-*")
+    running = Supervised(worker, "cpu")
+    running.wait_started()
+    assert not left.exists()
+    assert len(list(there.glob("dataengine-worker-*"))) == 1
+    running.close()
+    assert list(there.iterdir()) == []

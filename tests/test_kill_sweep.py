@@ -9,6 +9,13 @@ import pytest
 from benchmarks import engine_kill
 
 
+# Ray's test cluster leaves sockets to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
 @pytest.mark.ray
 def test_a_run_killed_five_times_leaves_the_tree_of_a_calm_one(tmp_path: Path) -> None:
     base, calm = engine_kill.calm_tree(tmp_path)
