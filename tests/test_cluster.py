@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 import ray
 import ray.exceptions
 from ray.cluster_utils import Cluster
+from rich.console import Console
 
 from dataengine import actors, local, verdicts
 from dataengine.events import Event
@@ -20,6 +23,8 @@ from dataengine.manifest import Dataset
 from dataengine.plan import plan_labels
 from dataengine.schedule import Stage
 from dataengine.work import LabelGroup
+from pipelines.live import RunState
+from pipelines.table import table
 from tests.fakes import Threshold, ingested, tree
 from tests.faulty import Faulty
 
@@ -118,6 +123,15 @@ def test_a_node_goes_and_another_comes_while_two_stages_run(tmp_path: Path, clus
     came = [e.node for e in events if e.kind == "node-up"][-1]
     assert any(e.kind == "worker-down" and e.node == gone for e in events)
     assert any(e.kind == "report" and e.node == came for e in events)
+    shown = Console(width=120, record=True, file=StringIO())
+    state = RunState()
+    for event in events:
+        state.apply(event)
+    shown.print(table(state, events[-1].time))
+    text = shown.export_text()
+    assert re.search(r"depth +.*24", text), text
+    assert re.search(r"canny_edge +.*24", text), text
+    assert state.nodes_joined == 4
     up = {e.stage: sum(x.kind == "worker-up" and x.stage == e.stage for x in events) for e in events if e.stage}
     assert up["depth"] >= 3
     assert up["canny_edge"] >= 1

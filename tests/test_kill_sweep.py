@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import engine_kill
 
-
 # Ray's test cluster leaves sockets to the garbage collector.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
