@@ -37,8 +37,6 @@ TARGETS: tuple[Target, ...] = ("driver", "worker", "raylet")
 PROJECT = Path(__file__).parents[1]
 WANTED = ("canny_edge", "color_palette", "sam_edge")
 IMAGES, SHARD = 64, 8
-HORIZON = 10.0
-"""A kill comes at a random instant of so many seconds: about what a calm run takes, its start included."""
 FAULTS = 0.01
 """Requests to S3 that fail: reset, refused or cut, before or after the store has done what they asked."""
 LONGEST = 300.0
@@ -121,7 +119,8 @@ class Sweep:
     folder: Path
     cluster: Any
     rng: random.Random
-    horizon: float
+    horizon: float = 0.0
+    """Seconds that a calm run takes here, its start included: a kill comes at a random instant of as many."""
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     driver: subprocess.Popen[bytes] | None = None
@@ -155,6 +154,13 @@ class Sweep:
 
     def sweep(self, targets: Sequence[Target]) -> None:
         """Kill these, one after another, at random instants; AssertionError when anything is not as it must be."""
+        self.begin()
+        began = time.monotonic()
+        self.start()
+        assert self.driver is not None
+        self.driver.wait(LONGEST)
+        self.ended()
+        self.horizon = time.monotonic() - began
         self.begin()
         self.start()
         for target in targets:
@@ -241,7 +247,7 @@ def fire(
     """One sweep on a store; `calm` is the tree of an undisturbed run and `base` an ingested root."""
     folder.mkdir(parents=True)
     ingested = tree(Store(base))
-    sweep = Sweep(store, calm, ingested, folder, made, random.Random(seed), horizon=HORIZON)
+    sweep = Sweep(store, calm, ingested, folder, made, random.Random(seed))
     try:
         sweep.sweep(targets)
     finally:
@@ -285,7 +291,9 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
                 found[f"{name}.{target}"] = {
                     "kills": sweep.kills[target], "runs_compared": sweep.runs, "identical": True, "seconds": seconds
                 }  # fmt: skip
-                _report.console.print(f"{name} {target}: {sweep.kills[target]} kills, {sweep.runs} runs identical")
+                _report.console.print(
+                    f"{name} {target}: {sweep.kills[target]} kills, {sweep.runs} runs identical in {seconds} s"
+                )
     return found
 
 

@@ -22,4 +22,4 @@ def test_a_run_killed_five_times_leaves_the_tree_of_a_calm_one(tmp_path: Path) -
     with engine_kill.s3() as bucket, engine_kill.cluster() as cluster:
         swept = engine_kill.fire(f"{bucket}/root", tmp_path / "sweep", targets, 0, cluster, calm, base)
     assert swept.kills == {"worker": 2, "driver": 2, "raylet": 1}
-    assert swept.runs >= 1
+    assert swept.runs >= 2  # a calm one to learn how long it takes, and those that were disturbed
