@@ -76,7 +76,7 @@ def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> W
     if "commercial" in card:
         licence += f"; commercial use {'allowed' if card['commercial'] is True else 'forbidden'}"
     return Weights(
-        source=file.name if random else checkpoint,
+        source=file.name if random else storage.redacted(checkpoint),
         sha256=_sha256(str(file), stat.st_size, stat.st_mtime_ns),
         licence="none (random weights)" if random else licence,
         random=random,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -30,6 +31,7 @@ from pipelines.cli import (
 )
 from pipelines.live import Prices
 from pipelines.running import console
+from pipelines.visible import crash
 
 
 @app.command()
@@ -337,6 +339,7 @@ def main() -> None:
     """Entry point of the console script."""
     from pipelines import columns, commands, watch  # noqa: F401  the other commands register themselves
 
+    sys.excepthook = crash
     app()
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import traceback
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from dataengine.storage import redacted
 
 # Control characters (an escape begins a command to a terminal, a carriage return overwrites the line) without tab and
 # line feed; Unicode's overrides and isolates of direction (UAX 9), which make what follows read backwards; and lone
@@ -32,3 +37,8 @@ class SafeConsole(Console):
     def render_str(self, text: str, **settings: Any) -> Text:
         """Where rich turns every plain string into what it prints, also those in tables."""
         return super().render_str(visible(text), **settings)
+
+
+def crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nobody expected (for `sys.excepthook`): its texts may quote URLs and data as well."""
+    sys.stderr.write(visible(redacted("".join(traceback.format_exception(kind, error, trace)))))

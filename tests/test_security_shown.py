@@ -23,7 +23,7 @@ import pytest
 from dataengine.modalities import Picture
 from pipelines import page as pages
 from pipelines.page import Cell, Column, Curve, Grid, Page, Plot, Row, Table
-from pipelines.visible import SafeConsole, visible
+from pipelines.visible import SafeConsole, crash, visible
 from tests import browser as browsers
 from tests import hostile
 
@@ -53,16 +53,31 @@ def test_markup_emoji_and_escapes_mean_nothing_to_the_console() -> None:
     assert "\x1b[2J" not in shown
 
 
+def test_an_error_that_nobody_expected_says_no_secret_and_no_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ZeroDivisionError(f"{OBEYED} at https://user:hunter2@host/a?sig=s3cr3t")
+    except ZeroDivisionError as error:
+        crash(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError: \\x1b]0;owned" in said
+    assert "https://***@host/a?sig=***" in said
+    assert "hunter2" not in said
+    assert "\x1b" not in said
+
+
 DRIVER = """
 import json, sys
 from pipelines import commands
 from pipelines.cli import app
+from pipelines.visible import crash
 import pipelines.__main__
 for arguments in json.loads(sys.argv[1]):
     try:
         code = app(arguments, standalone_mode=False)
     except SystemExit as error:
         code = error.code
+    except Exception as error:
+        code = crash(type(error), error, error.__traceback__)
     print("exit", code, flush=True)
 """
 
@@ -212,7 +227,7 @@ class _Guarded(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        if self.headers.get("Authorization") != expected or SIGNATURE not in query:
+        if self.headers.get("Authorization") != expected or f"={SIGNATURE}" not in query:
             self.send_error(403)
             return
         if path not in self.files:
@@ -264,16 +279,17 @@ def test_no_secret_of_a_url_is_written_or_said(tmp_path: Path, guarded: str) -> 
         ["status", str(root)], ["verify", str(root)], ["plan", str(root), "metadata"],
         ["inspect", str(root), "--out", str(tmp_path / "page.html")],
         ["ingest", f"webdataset:{guarded}/gone.tar{query}", str(tmp_path / "gone"), "--runner", "local"],
+        ["ingest", f"webdataset:{guarded}/t.tar?X-Amz-Signature=un{SIGNATURE[1:]}", str(tmp_path / "shut")],
         ["ingest", f"parquet:{guarded}/t.parquet?token={SIGNATURE}", str(tmp_path / "none"), "--runner", "local"],
         ["ingest", f"s3://key:{SIGNATURE}@bucket/x", str(tmp_path / "none")],
         ["ingest", f"webdataset:s3://key:{SIGNATURE}@bucket/x.tar", str(tmp_path / "none"), "--runner", "local"],
         ["status", f"s3://key:{SIGNATURE}@bucket/x"],
     )  # fmt: skip
-    assert said.count("exit None") == 7, said
+    assert said.count("exit None") == 8, said
     assert json.loads((root / "plan.json").read_text())["corpus"].startswith("webdataset:http://***@127.0.0.1:")
     # A table of links with secrets, of which one is found, one is not, and one may not be asked.
     table.mkdir()
-    links = [f"{guarded}/a.jpg{query}", f"{guarded}/gone.jpg{query}", f"{guarded}/a.jpg?sig=wrong{SIGNATURE[:-1]}"]
+    links = [f"{guarded}/a.jpg{query}", f"{guarded}/gone.jpg{query}", f"{guarded}/a.jpg?sig=wrong{SIGNATURE[1:-1]}"]
     pq.write_table(pa.table({"url": [*links, f"s3://key:{SIGNATURE}@bucket/x.jpg"]}), tmp_path / "links.parquet")
     said += spoken(
         ["ingest", f"parquet:{tmp_path}/links.parquet?fetch=any", str(tmp_path / "fetched"), "--runner", "local"],
@@ -283,7 +299,7 @@ def test_no_secret_of_a_url_is_written_or_said(tmp_path: Path, guarded: str) -> 
     )
     assert (tmp_path / "fetched" / "quarantine" / "shard-00000.jsonl").read_text().count("\n") == 3
     (tmp_path / "links.parquet").unlink()
-    secrets = (PASSWORD, PASSWORD.replace("/", "%2F"), SIGNATURE[:-1], USER)
+    secrets = (PASSWORD, PASSWORD.replace("/", "%2F"), SIGNATURE[1:-1], USER)
     written = {p: p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file()}
     assert len(written) > 20
     assert [(str(p), s) for p, text in written.items() for s in secrets if s in text] == []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
@@ -61,7 +62,8 @@ class Files:
             if name.lower().endswith(self.suffixes):
                 return [name]
             raise ValueError(f"{storage.redacted(self.url)}: expected a file ending in {' '.join(self.suffixes)}")
-        paths = (storage.split_url(url)[1] for url in storage.expand(self.url, self.suffixes))
+        with without_secrets():
+            paths = [storage.split_url(url)[1] for url in storage.expand(self.url, self.suffixes)]
         found = sorted(path[len(self.root) :].lstrip("/") for path in paths)
         if not found:
             raise ValueError(
@@ -75,7 +77,21 @@ class Files:
 
     def open(self, name: str) -> Any:
         """A file as a seekable binary stream."""
-        return self.fs.open(self.path(name), "rb")
+        with without_secrets():
+            return self.fs.open(self.path(name), "rb")
+
+
+@contextmanager
+def without_secrets() -> Iterator[None]:
+    """Errors of a filesystem quote the whole URL: one that holds a secret is raised again without it."""
+    try:
+        yield
+    except Exception as error:
+        said = storage.redacted(error)
+        if said == str(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(said or type(error).__name__) from None
 
 
 def pieces(source: str, bounds: Iterable[tuple[int, int]], shard_size: int) -> list[Split]:
