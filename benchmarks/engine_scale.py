@@ -291,8 +291,7 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for n in counts:
         _report.console.print(f"{n:,} shards of {len(INGESTED) + len(names())} columns")
-        # A reference that reads every record each time takes minutes at full size: the smallest shows the ratio.
-        sizes[str(n)] = size(n, reference if n == counts[0] else None)
+        sizes[str(n)] = size(n, reference)
     draw(sizes)
     largest = sizes[str(counts[-1])]
     per_cell = sum(largest["coordinator"][f"{name}_ms_per_cell"] for name in ("plan", "run"))

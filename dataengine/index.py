@@ -163,8 +163,7 @@ def _column(
             kept.append(known[row])
         else:
             missing.append(row)
-    # Few threads on a disk, so that few records are held: those of rgb are as long as their shard.
-    read = store.read_many((record_path(modality, shard) for shard, _, _ in missing), 2 if store.local else 32)
+    read = _read(store, (record_path(modality, shard) for shard, _, _ in missing))
     # A record that was listed and is gone was forgotten meanwhile: it is no cell.
     fresh = [
         (modality, shard, size, tag if _settled(store, path, opened) else "", *_summary(path, data))
@@ -177,6 +176,19 @@ def _column(
         return batch
     rows = pa.Table.from_batches([cached.take(pa.array(kept, pa.int32())), batch]).sort_by("shard").combine_chunks()
     return rows.to_batches()[0]
+
+
+def _read(store: Store, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Each record, or None where there is none; few are held, for those of rgb are as long as their shard."""
+    if not store.local:
+        yield from store.read_many(paths)
+        return
+    # On a disk a thread that reads would wait longer for the interpreter than for the file.
+    for path in paths:
+        try:
+            yield path, store.read(path)
+        except FileNotFoundError:
+            yield path, None
 
 
 def _settled(store: Store, path: str, opened: float) -> bool:

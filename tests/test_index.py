@@ -35,14 +35,14 @@ def dataset(tmp_path: Path) -> Dataset:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of the records that were read since the start of the test."""
     seen: list[str] = []
-    read_many = Store.read_many
+    read = index._read
 
-    def counted(store: Store, paths: Iterable[str], threads: int = 32) -> Iterator[tuple[str, bytes | None]]:
-        given = list(paths)
-        seen.extend(given)
-        return read_many(store, given, threads)
+    def counted(store: Store, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        for path, data in read(store, paths):
+            seen.append(path)
+            yield path, data
 
-    monkeypatch.setattr(Store, "read_many", counted)
+    monkeypatch.setattr(index, "_read", counted)
     return seen
 
 
