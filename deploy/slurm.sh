@@ -18,8 +18,8 @@
 #
 # --no-kill: the job survives the loss of a worker node; the engine gives its shards to the others.
 # --signal:  this script alone (B) gets SIGTERM two minutes before the time limit. At a preemption too where slurm.conf
-#            says SlurmctldParameters=preempt_send_user_signal. Where it does not, Slurm ends the workers at once; then
-#            what they had not yet put in staging, a minute's work at most, is made again.
+#            says SlurmctldParameters=preempt_send_user_signal. Where it does not, Slurm ends the workers at once; this
+#            script sees that, and what they had not yet put in staging, a minute's work at most, is made again.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?run it with sbatch, or inside an allocation}"
@@ -28,7 +28,7 @@ readonly START_SECONDS=180
 
 # Ports, a folder and a token for each job, so that jobs that share a machine do not meet. The token is made here and
 # handed to the steps in their environment: without it, anybody who reaches the port could run code as you.
-port=$((20000 + SLURM_JOB_ID % 5000 * 2))
+port=$((20000 + SLURM_JOB_ID % 2500 * 4))
 folder="${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID"
 RAY_ADDRESS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$port"
 RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
@@ -62,8 +62,8 @@ export -f await_head start_ray worker
 
 # The head beside the command, in this script's own step: what ends the other steps leaves these two alive to put
 # things away.
-start_ray --head --port="$port" --temp-dir="$folder" --dashboard-host=127.0.0.1 \
-    --ray-client-server-port=$((port + 1)) &
+start_ray --head --port="$port" --temp-dir="$folder" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
+    --ray-client-server-port=$((port + 2)) &
 head=$!
 workers=""
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then

@@ -210,7 +210,9 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_is_made_from_the_lock_as_the_checkout_is() -> None:
-    said = subprocess.run(["hadolint", DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False
+    )
     assert (said.returncode, said.stdout) == (0, "")
     made = instructions()
     assert [v for k, v in made if k == "FROM"] == ["python:3.11-slim-bookworm"]
