@@ -49,7 +49,9 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quick})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": None, "_system_config": quick}
+    )
     made.add_node(num_cpus=2)
     try:
         yield made

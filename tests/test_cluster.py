@@ -62,7 +62,7 @@ def cluster() -> Iterator[Cluster]:
     """A head without room for the device stage, and two nodes with a device each (GPUs in name only)."""
     # A dead raylet is noticed at once and not after half a minute.
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 2}
-    head = {"num_cpus": 1, "num_gpus": 0, "_system_config": quick}
+    head = {"num_cpus": 1, "num_gpus": 0, "dashboard_port": None, "_system_config": quick}
     made = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         made.add_node(num_cpus=1, num_gpus=1)
