@@ -48,7 +48,8 @@ class Verified:
         """The outcome in a line for people."""
         read = f"{self.num_cells} cells read, {self.num_bytes / 1e6:.1f} MB at {self.rate:.0f} MB/s"
         part = "" if self.sample == 1 else f" ({self.num_decoded} values decoded, a sample of {self.sample:g})"
-        again = f", {len(self.replayed)} made again" if self.replayed else ""
+        same = sum(cell["outcome"] == "same" for cell in self.replayed)
+        again = f", {same} of {len(self.replayed)} made again with the same bytes" if self.replayed else ""
         left = f", {len(self.notes)} files that no record names (dataengine gc)" if self.notes else ""
         return f"{read}{part}{again}, {len(self.problems)} problems{left}"
 
