@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from dataengine.storage import Entry, Store
 
-PATH = "runs/index.arrows"
+PATH = "runs/index.arrow"
 """Where the cache lies: an Arrow IPC stream, one batch a modality, then the sha256 of the stream. Never truth."""
 
 _SCHEMA = pa.schema(

@@ -121,7 +121,7 @@ def test_what_a_plan_and_status_read_does_not_grow_with_the_dataset(
         monkeypatch.setattr(Store, name, counted)
     plan_labels(dataset, names(), labelers())
     listings = [f"entries commits/{m}" for m in (*INGESTED, *names())]
-    once = sorted(["folders commits", "read plan.json", "read runs/index.arrows", *listings])
+    once = sorted(["folders commits", "read plan.json", "read runs/index.arrow", *listings])
     assert sorted(asked) == once
     asked.clear()
     assert [s.shards for s in look.status(dataset)] == [12] * 21

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from dataengine import local, modalities, plugins, provenance, validate
 from dataengine.labeler import Labeler
 from dataengine.manifest import Conflict, Dataset
 from dataengine.plan import plan_labels
+from dataengine.sample import Sample
 from dataengine.versions import Versioned, offered
-from pipelines import label, look, pack, page
+from pipelines import label, look, pack, page, tokenize
 from pipelines.__main__ import app
 from tests.fakes import Inverted, Threshold, ingested, tree
 
@@ -187,6 +189,24 @@ def test_mistakes_are_explained(tmp_path: Path, wanted: str, setting: str, said:
     dataset = ingested(tmp_path, count=2)
     with pytest.raises(ValueError, match=said):
         label.plan(dataset, [wanted], None, [setting] if setting else [])
+
+
+def test_a_version_is_tokenised_to_a_version_of_the_tokens(tmp_path: Path) -> None:
+    from model import domains
+    from model.tokenizers.vqvae import VQVAE
+
+    config = replace(VQVAE.tiny().config, n_channels=1, domain=domains.Depth())
+    VQVAE(config).save(tmp_path / "depth.safetensors")
+    side = config.image_size
+    for column in ("depth@v2", f"tok_depth@{side}@v2"):
+        (made,) = tokenize.labelers(tmp_path, [column])
+        assert (made.emits, made.inputs) == ((f"tok_depth@{side}@v2",), ("depth@v2", "crop_settings"))
+    (plain,) = tokenize.labelers(tmp_path, [f"tok_depth@{side}"])
+    assert (plain.emits, plain.inputs) == ((f"tok_depth@{side}",), ("depth", "crop_settings"))
+    sample = Sample("a", {"rgb": np.zeros((20, 30, 3), np.uint8), "crop_settings": np.array([[0, 5, 20, 20, 0]])})
+    sample.values["depth@v2"] = np.full((20, 30), 0.5, np.float32)
+    (output,) = made.load("cpu")([sample])
+    modalities.load(f"tok_depth@{side}@v2").check(output[f"tok_depth@{side}@v2"], (20, 30))
 
 
 def test_nothing_is_trained_on_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
