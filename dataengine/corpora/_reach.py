@@ -30,6 +30,7 @@ STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//|:)")
 _ATTEMPTS = 4
 WAIT = tenacity.wait_random_exponential(max=30)  # seconds between attempts
+_PASSING = (408, 425, 429)  # answers of 400 to 499 that another attempt may change
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SECONDS = 60.0  # for one download
 
@@ -149,12 +150,12 @@ def fetched(url: str, private: bool) -> bytes:
     again = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
         wait=WAIT,
-        retry=tenacity.retry_if_not_exception_type((FileNotFoundError, ValueError)),
+        retry=tenacity.retry_if_not_exception_type((FileNotFoundError, PermissionError, ValueError)),
         reraise=True,
     )
     try:
         return again(lambda: asyncio.run(_get(url, private)))
-    except (ValueError, FileNotFoundError):
+    except (FileNotFoundError, PermissionError, ValueError):
         raise
     except Exception as error:  # whatever the network library raises, it says that this item is out of reach
         raise OSError(f"{redacted(url)}: {type(error).__name__}: {redacted(error)}") from error
@@ -195,8 +196,10 @@ async def _get(url: str, private: bool) -> bytes:
             ) as session,
             session.get(url, max_redirects=5) as answer,
         ):
-            if answer.status == 404:
+            if answer.status in (404, 410):
                 raise FileNotFoundError(f"{redacted(url)} is not there")
+            if 400 <= answer.status < 500 and answer.status not in _PASSING:
+                raise PermissionError(f"{redacted(url)}: {answer.status} {answer.reason}")
             answer.raise_for_status()
             parts, size = [], 0
             async for part in answer.content.iter_chunked(1 << 18):
