@@ -23,8 +23,8 @@ AHEAD_BYTES = 256 << 20
 AHEAD_ROWS = 256
 """Rows that may: small images must not make thousands of futures."""
 
-FIRST_ROWS = 4
-"""Rows that may before the size of any is known."""
+SWELL = 30
+"""What an encoded image grows by when it is decoded, at most usual: a guess until the first is."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Ahead:
         self._waiting = list(reversed(rows))
         self._futures: dict[int, Future[dict[str, Any] | Failed]] = {}
         self._values: dict[int, dict[str, Any] | Failed] = {}
-        self._bytes = 0  # of the largest row so far: what a row that is not decoded yet is taken for
+        # Of the largest row so far: what a row that is not decoded yet is taken for.
+        self._bytes = 0
+        self._guess = SWELL * max((len(inputs.members["rgb"][i].data) for i in rows), default=0)
         self._fill()
 
     def values(self, row: int) -> dict[str, Any] | Failed:
@@ -125,8 +127,8 @@ class Ahead:
     def _fill(self) -> None:
         if self._deaths is not None:
             return
-        while self._waiting and len(self._futures) < (AHEAD_ROWS if self._bytes else FIRST_ROWS):
-            if self._futures and (len(self._futures) + len(self._values)) * self._bytes > AHEAD_BYTES:
+        while self._waiting and len(self._futures) < AHEAD_ROWS:
+            if self._futures and (len(self._futures) + len(self._values)) * (self._bytes or self._guess) > AHEAD_BYTES:
                 return
             row = self._waiting.pop()
             if row not in self._values:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from dataengine import modalities, provenance, pulse, shards
 from dataengine.attempt import Attempt, Failed
@@ -24,8 +25,7 @@ from dataengine.labeler import Labeler, Staged
 from dataengine.leases import LeaseLost, Leases
 from dataengine.manifest import Commit, Conflict, Dataset, tar_path
 from dataengine.sample import Sample
-from dataengine.staging import Row, Rows, Staging
-from dataengine.storage import Store
+from dataengine.staging import Row, Rows, Spool, Staging
 from dataengine.work import CellReport, Report, Task
 
 BEHIND = 2
@@ -52,17 +52,18 @@ class Labelling:
         # Once: to know its weights, a labeler may hash gigabytes.
         self.origins = {a.who: provenance.of_labeler(a.labeler) for a in self.attempts}
         self.random = {a.who: a.labeler.random for a in self.attempts}
-        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="codec", initializer=_one_thread)
+        self.one_thread = _OneThread()
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="codec", initializer=self.one_thread)
         self.leases = Leases(self.dataset.store, lease_seconds)
         self.staging = Staging(self.dataset.store)
-        self.spool: Rows | None = Staging(Store(spool)) if spool else None
+        self.spool: Rows | None = Spool(Path(spool)) if spool else None
         self.flush_seconds = flush_seconds
         self.device = threading.Lock()
         self.draining = threading.Event()
 
     def __call__(self, task: Task) -> Report:
         """Run one task; its cells are committed, or its rows are in staging, when this returns `done`."""
-        _one_thread()
+        self.one_thread()
         began = time.perf_counter()
         if self.draining.is_set():
             return Report(task.shard, (), 0.0, rows=task.rows, outcome="drained")
@@ -80,10 +81,22 @@ class Labelling:
         self.draining.set()
 
 
-def _one_thread() -> None:
-    # Sums that a matrix product splits over threads round differently, and the bytes must not depend on how many
-    # cores a machine has. Set for every thread by itself: OpenMP keeps the number per thread. Never undone.
-    threadpool_limits(limits=1)
+class _OneThread:
+    """Computation with one thread, in every thread that calls this.
+
+    Sums that a matrix product splits over threads round differently, and the bytes must not depend on how many cores
+    a machine has. OpenMP keeps the number for each thread, so each must say it; once, for finding the libraries takes
+    milliseconds. Made after the labelers, and so their libraries, are loaded.
+    """
+
+    def __init__(self) -> None:
+        self._libraries = ThreadpoolController()
+        self._said = threading.local()
+
+    def __call__(self) -> None:
+        if not getattr(self._said, "one", False):
+            self._libraries.limit(limits=1)
+            self._said.one = True
 
 
 @dataclass

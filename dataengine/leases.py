@@ -58,7 +58,7 @@ class Leases:
         self._held: dict[str, Lease] = {}
         self._seen: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
-        self._renewing: threading.Thread | None = None
+        self._nothing_held: threading.Event | None = None
 
     def take(self, shard: int, cells: Collection[str], rows: tuple[int, int] | None = None) -> Lease | None:
         """A lease on cells of a shard, or on some rows of them; None while a live one holds any of that."""
@@ -84,9 +84,9 @@ class Leases:
                 self._remove(path)
             with self._lock:
                 self._held[lease.path] = lease
-                if self._renewing is None:
-                    self._renewing = threading.Thread(target=self._renew, name="leases", daemon=True)
-                    self._renewing.start()
+                if self._nothing_held is None:
+                    self._nothing_held = threading.Event()
+                    threading.Thread(target=self._renew, args=(self._nothing_held,), name="leases", daemon=True).start()
             return lease
 
     def read(self, path: str) -> dict[str, Any] | None:
@@ -135,6 +135,9 @@ class Leases:
         """Give cells back."""
         with self._lock:
             self._held.pop(lease.path, None)
+            if not self._held and self._nothing_held is not None:
+                self._nothing_held.set()
+                self._nothing_held = None
         there = self.read(lease.path)
         if there is not None and there["owner"] == lease.record["owner"]:
             self._remove(lease.path)
@@ -145,9 +148,8 @@ class Leases:
         except FileNotFoundError:
             return
 
-    def _renew(self) -> None:
-        while True:
-            time.sleep(self._seconds / BEATS)
+    def _renew(self, nothing_held: threading.Event) -> None:
+        while not nothing_held.wait(self._seconds / BEATS):
             with self._lock:
                 held = list(self._held.values())
             for lease in held:

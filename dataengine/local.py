@@ -51,7 +51,7 @@ def run_stages(
             labelers=[x.name for x in getattr(stage.worker, "labelers", ())],
             modalities=sorted({m for t in stage.tasks for m in t.specs}),
         )
-    with threadpool_limits(limits=None):  # the workers set one thread for good: here, only for as long as they run
+    with threadpool_limits(limits=1):  # the workers say so, too, but never take it back
         while not schedule.finished:
             waiting = True
             for stage in stages:

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from dataengine import shards
@@ -84,6 +85,52 @@ class Staging:
                     self._store.remove(f"{folder}/{spec}/{name}")
                 except FileNotFoundError:
                     continue  # another worker cleared it, too
+
+
+class Spool:
+    """Rows in a folder of this machine, for the process that replaces a dead one: appended, never synced or hashed.
+
+    One file for each cell; a row is one line of JSON (row, key, suffix, reason, size) and its bytes. What a process
+    was in the middle of writing when it died is cut off, and not taken up.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, column: str, shard: int) -> Path:
+        return self._folder / f"{column}-{shard}"
+
+    def save(self, column: str, shard: int, spec: str, rows: Mapping[int, Row]) -> None:
+        """Append the rows in one write."""
+        parts = []
+        for i, row in rows.items():
+            data = row.member.data
+            head = [spec, i, row.member.key, row.member.suffix, row.invalid, len(data)]
+            parts += [json.dumps(head).encode() + b"\n", data]
+        with self._file(column, shard).open("ab", buffering=0) as stream:
+            stream.write(b"".join(parts))
+
+    def load(self, column: str, shard: int, spec: str) -> dict[int, Row]:
+        """All whole rows of this identity."""
+        found: dict[int, Row] = {}
+        try:
+            data = self._file(column, shard).read_bytes()
+        except FileNotFoundError:
+            return found
+        at = 0
+        while (end := data.find(b"\n", at)) >= 0:
+            made, i, key, suffix, invalid, size = json.loads(data[at:end])
+            at = end + 1 + size
+            if at > len(data):
+                break
+            if made == spec:
+                found[i] = Row(Member(key, suffix, data[end + 1 : at]), invalid)
+        return found
+
+    def clear(self, column: str, shard: int) -> None:
+        """Delete the rows of a cell."""
+        self._file(column, shard).unlink(missing_ok=True)
 
 
 def runs(rows: Iterable[int]) -> list[tuple[int, int]]:

@@ -58,6 +58,11 @@ def supervised(dataset: Dataset, *labelers: Labeler, batch_seconds: float = 30.0
         running.close()
 
 
+def the_child() -> psutil.Process:
+    (child,) = (p for p in psutil.Process().children() if "supervise._main" in " ".join(p.cmdline()))
+    return child
+
+
 def committed(dataset: Dataset, column: str = "depth", shard: int = 0) -> Commit:
     record = dataset.commit(column, shard)
     assert record is not None
@@ -170,7 +175,7 @@ def test_a_killed_worker_process_goes_on_where_it_was(tmp_path: Path) -> None:
         report = thread.submit(running, task)
         while not calls.exists() or len(calls.read_text().splitlines()) < 4:
             time.sleep(0.01)
-        (child,) = psutil.Process().children()
+        child = the_child()
         child.kill()
         assert "SIGKILL" in " ".join(report.result(timeout=60).notes)
     running.close()
@@ -210,7 +215,7 @@ def test_a_frozen_worker_loses_its_shard_and_does_no_damage_when_it_wakes(tmp_pa
         late = thread.submit(zombie, task)
         while not calls.exists():
             time.sleep(0.01)
-        (child,) = psutil.Process().children()
+        child = the_child()
         os.kill(child.pid, signal.SIGSTOP)
         other = Supervised(worker, "cpu")
         until = time.monotonic() + 30

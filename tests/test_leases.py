@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dataengine.leases import LeaseLost, Leases
+from dataengine.leases import Lease, LeaseLost, Leases
 from dataengine.storage import Store
 from tests.fakes import ingested
 
@@ -19,6 +22,23 @@ from tests.fakes import ingested
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def released(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test takes is released behind it: a lease that is held is renewed for as long as its process lives."""
+    made, take = [], Leases.take
+
+    def taken(self: Leases, *arguments: Any) -> Lease | None:
+        if (lease := take(self, *arguments)) is not None:
+            made.append((self, lease))
+        return lease
+
+    monkeypatch.setattr(Leases, "take", taken)
+    yield
+    for leases, lease in made:
+        leases.release(lease)
+    assert not [t for t in threading.enumerate() if t.name == "leases" and not t.join(5) and t.is_alive()]
 
 
 def test_a_cell_has_one_holder_and_others_of_the_shard_have_theirs(store: Store) -> None:
