@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Disk:
         found = os.walk(self._base, onerror=refuse, followlinks=True)
         return sorted(os.path.relpath(os.path.join(folder, n), self._base) for folder, _, names in found for n in names)
 
-    def publish(self, path: str, data: bytes) -> bool:
+    def publish(self, path: str, data: Sequence[bytes]) -> bool:
         """Written and synced without a name, then hard-linked to its name, which fails if that is taken."""
         target = Path(self._base, path)
         with self._telling("writing", path, missing=True):
@@ -165,7 +165,7 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _link(target: Path, data: bytes) -> bool:
+def _link(target: Path, data: Sequence[bytes]) -> bool:
     with _written(target.parent, data) as (handle, source):
         # Linking by descriptor needs AT_SYMLINK_FOLLOW, which Python passes on only beside a directory.
         folder = os.open(target.parent, os.O_RDONLY)
@@ -185,7 +185,7 @@ def _link(target: Path, data: bytes) -> bool:
 
 
 @contextmanager
-def _written(folder: Path, data: bytes) -> Iterator[tuple[int, str]]:
+def _written(folder: Path, data: Sequence[bytes]) -> Iterator[tuple[int, str]]:
     """A synced file with these bytes that has no name in `folder` yet: its descriptor and a path that can be linked.
 
     It is nameless where the file system can do that (O_TMPFILE), so that a killed process leaves nothing behind; else
@@ -200,8 +200,8 @@ def _written(folder: Path, data: bytes) -> Iterator[tuple[int, str]]:
         staging.mkdir(exist_ok=True)
         handle, name = tempfile.mkstemp(dir=staging)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+        with os.fdopen(handle, "wb", buffering=1 << 20) as stream:
+            stream.writelines(data)
             stream.flush()
             os.fchmod(handle, 0o644)
             os.fsync(handle)

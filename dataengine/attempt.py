@@ -13,6 +13,7 @@ from dataengine import pulse
 from dataengine.labeler import Labeler, Loaded
 from dataengine.pulse import Death, Step
 from dataengine.sample import Sample
+from dataengine.storage import redacted
 
 PATIENCE = 32
 """Batches in a row that must fit before a batch that had to shrink is doubled; doubled itself each time it fails."""
@@ -112,7 +113,7 @@ class Attempt:
                 raise
             except Exception as again:
                 error = again
-        return [Failed(f"{type(error).__name__}: {error}"[:300])]
+        return [Failed(redacted(f"{type(error).__name__}: {error}")[:300])]
 
     def _shrink(
         self,

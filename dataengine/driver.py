@@ -36,8 +36,8 @@ DRAIN_SECONDS = 25.0
 CLOSE_SECONDS = 5.0
 """How long a worker may take to clear up behind it."""
 
-BUSY_SECONDS = 2.0
-"""When to ask again for a shard that another run holds."""
+BUSY_SECONDS, MAX_BUSY_SECONDS = 1.0, 30.0
+"""When to ask again for a shard that another run holds: twice as late every time."""
 
 LOOK_SECONDS = 2.0
 REBALANCE_SECONDS = 60.0
@@ -77,6 +77,7 @@ class Driver:
         self.workers: dict[str, list[_Handle]] = {s.name: [] for s in stages}
         self.tries: dict[tuple[str, int, tuple[int, int] | None], int] = {}
         self.later: list[tuple[float, str, Task]] = []
+        self.busy: Counter[tuple[str, int]] = Counter()
         self.nodes: dict[str, dict[str, float]] = {}
         self.draining: set[str] = set()
         self.counter = 0
@@ -332,7 +333,9 @@ class Driver:
         else:
             self._tell("lost", name, handle, task, cause=report.outcome)
             if report.outcome == "busy":
-                self.later.append((time.monotonic() + BUSY_SECONDS, name, task))
+                self.busy[name, task.shard] += 1
+                wait = min(BUSY_SECONDS * 2 ** min(self.busy[name, task.shard], 10), MAX_BUSY_SECONDS)
+                self.later.append((time.monotonic() + wait, name, task))
             else:
                 self.schedule.again(name, task)
 

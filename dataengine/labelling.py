@@ -23,7 +23,7 @@ from dataengine.attempt import Attempt, Failed
 from dataengine.inputs import Ahead, Inputs
 from dataengine.labeler import Labeler, Staged
 from dataengine.leases import LeaseLost, Leases
-from dataengine.manifest import Commit, Conflict, Dataset, tar_path
+from dataengine.manifest import Commit, Conflict, Dataset, Published, tar_path
 from dataengine.sample import Sample
 from dataengine.staging import Row, Rows, Spool, Staging
 from dataengine.work import CellReport, Report, Task
@@ -116,6 +116,7 @@ class _Shard:
         self.group, self.task, self.still_ours = group, task, still_ours
         self.dataset = group.dataset
         self.spent: dict[str, float] = {}
+        self.notes: list[str] = []
         self.behind: deque[tuple[str, Future[dict[int, Row]]]] = deque()
         self.saved_at = time.monotonic()
         self.stores: list[Rows] = [group.staging, *([group.spool] if group.spool is not None else [])]
@@ -149,7 +150,7 @@ class _Shard:
             rows=task.rows,
             outcome="drained" if drained else "done",
             spent={k: round(v, 6) for k, v in self.spent.items()},
-            notes=tuple(note for a, seen in notes for note in a.notes[seen:]),
+            notes=(*self.notes, *(note for a, seen in notes for note in a.notes[seen:])),
         )
 
     def _committed(self, column: str, spec: str) -> bool:
@@ -328,22 +329,23 @@ class _Shard:
 
     def _publish(self, name: str, column: _Column, spec: str, random: bool) -> CellReport:
         ordered = [column.rows[i] for i in sorted(column.rows)]
-        data = shards.build_tar(row.member for row in ordered)
+        data = shards.tar_parts(row.member for row in ordered)
         invalid = {row.member.key: row.invalid for row in ordered if row.invalid is not None}
         record = Commit(
             modality=name,
             shard=self.task.shard,
             spec=spec,
             file=tar_path(name, self.task.shard),
-            num_bytes=len(data),
+            num_bytes=sum(map(len, data)),
             sha256=shards.sha256(data),
             num_samples=len(ordered),
             keys_sha256=shards.keys_sha256(row.member.key for row in ordered),
             invalid=dict(sorted(invalid.items())),
             provenance=self.group.origins[column.attempt.who] | {"random": random},
         )
-        self.dataset.publish(record, data)
-        return self._counted(name, column, len(data))
+        if self.dataset.publish(record, data) is Published.DIFFERS:
+            self.notes.append(f"{name}: another run committed other bytes of the same identity, which are kept")
+        return self._counted(name, column, record.num_bytes)
 
     def _counted(self, name: str, column: _Column, num_bytes: int) -> CellReport:
         reasons: dict[str, int] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -201,7 +201,7 @@ class Dataset:
         except tarfile.ReadError as error:
             raise ValueError(f"{record.file} is no tar: {error}") from error
 
-    def publish(self, record: Commit, data: bytes) -> Published:
+    def publish(self, record: Commit, data: bytes | Sequence[bytes]) -> Published:
         """Publish a cell: its file, then its record. Conflict when it was committed under another identity.
 
         A file without a record is what an interrupted attempt left, or is not finished with: adopted when its bytes

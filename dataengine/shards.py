@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dataengine import _tars
@@ -21,20 +20,28 @@ class Member:
     data: bytes
 
 
-def build_tar(members: Iterable[Member]) -> bytes:
-    """A tar of the members in the order given: USTAR, owner root, mode 0444, time 0.
+def tar_parts(members: Iterable[Member]) -> list[bytes]:
+    """A tar of the members in the order given, USTAR, owner root, mode 0444, time 0: pieces to be written one by one.
 
-    Python's tarfile and not webdataset's writer: that one seals a partial file when the code around it raises, imports
-    torch, and leaves the tar dialect to Python's default.
+    Headers by Python's tarfile and not webdataset's writer: that one seals a partial file when the code around it
+    raises, imports torch, and leaves the tar dialect to Python's default. In pieces, because a shard's labels are
+    encoded already: to copy a hundred megabytes once more into new memory costs as much as to hash them.
     """
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for member in members:
-            info = tarfile.TarInfo(f"{member.key}.{member.suffix}")
-            info.size, info.mode, info.mtime = len(member.data), 0o444, 0
-            info.uname = info.gname = "root"
-            tar.addfile(info, io.BytesIO(member.data))
-    return stream.getvalue()
+    parts, size = [], 0
+    for member in members:
+        info = tarfile.TarInfo(f"{member.key}.{member.suffix}")
+        info.size, info.mode, info.mtime = len(member.data), 0o444, 0
+        info.uname = info.gname = "root"
+        padding = -info.size % tarfile.BLOCKSIZE
+        parts += [info.tobuf(tarfile.USTAR_FORMAT), member.data, bytes(padding)]
+        size += tarfile.BLOCKSIZE + info.size + padding
+    end = 2 * tarfile.BLOCKSIZE
+    return [*parts, bytes(end + -(size + end) % tarfile.RECORDSIZE)]
+
+
+def build_tar(members: Iterable[Member]) -> bytes:
+    """The same in one piece."""
+    return b"".join(tar_parts(members))
 
 
 def read_tar(data: Buffer) -> Iterator[Member]:
@@ -58,9 +65,12 @@ def list_tar(data: Buffer) -> Iterator[tuple[str, str, int, int]]:
         yield key, suffix, header.offset, header.offset + header.size
 
 
-def sha256(data: bytes) -> str:
-    """Hex digest of some bytes."""
-    return hashlib.sha256(data).hexdigest()
+def sha256(data: Buffer | Sequence[bytes]) -> str:
+    """Hex digest of some bytes, whole or in pieces."""
+    found = hashlib.sha256()
+    for part in [data] if isinstance(data, bytes | bytearray | memoryview) else data:
+        found.update(part)
+    return found.hexdigest()
 
 
 def keys_sha256(keys: Iterable[str]) -> str:

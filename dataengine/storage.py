@@ -128,14 +128,18 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def publish(self, path: str, data: bytes) -> bool:
+    def publish(self, path: str, data: bytes | Sequence[bytes]) -> bool:
         """Make a whole object appear under `path`; False, and nothing changed, when one is already there.
+
+        Data in pieces is written piece by piece where the store allows that, and joined where not.
 
         Local disk: written and synced without a name, hard-linked to its name (which fails if it is taken), folder
         synced. Object store: one conditional put, or a multipart upload completed on that condition. After an error
         the object is there whole or not at all.
         """
-        return self._objects.publish(path, data)
+        if isinstance(self._objects, Disk):
+            return self._objects.publish(path, [data] if isinstance(data, bytes) else data)
+        return self._objects.publish(path, data if isinstance(data, bytes) else b"".join(data))
 
     def put(self, path: str, data: bytes) -> None:
         """Make a whole small object appear under `path`, in place of what is there: heartbeats, status, caches.
