@@ -109,20 +109,7 @@ class Driver:
     def run(self) -> None:
         """Run until everything is done or given up; Unfinished, Stopped, or what no second attempt would cure."""
         for stage in self.schedule.stages.values():
-            labelers = [x.name for x in getattr(stage.worker, "labelers", ())]
-            self._tell(
-                "stage",
-                stage.name,
-                tasks=len(stage.tasks),
-                rows=sum(stage.num_rows[t.shard] for t in stage.tasks),
-                cells=dict(Counter(m for t in stage.tasks for m in t.specs)),
-                needs=list(stage.needs),
-                seconds_per_row=stage.seconds_per_row,
-                num_cpus=stage.num_cpus,
-                num_gpus=stage.num_gpus,
-                labelers=labelers,
-                modalities=sorted({m for t in stage.tasks for m in t.specs}),
-            )
+            self._tell("stage", stage.name, **stage.described())
         try:
             while not self.schedule.finished and not self.signal:
                 self._look()

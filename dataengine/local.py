@@ -6,7 +6,6 @@ Nothing watches: a labeler that ends the process ends the run, and running it ag
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -38,19 +37,7 @@ def run_stages(
         on_event(Event(time.time(), kind, stage, "local" if kind != "stage" else "", "", shard, rows, values))
 
     for stage in stages:
-        tell(
-            "stage",
-            stage.name,
-            tasks=len(stage.tasks),
-            rows=sum(stage.num_rows[t.shard] for t in stage.tasks),
-            cells=dict(Counter(m for t in stage.tasks for m in t.specs)),
-            needs=list(stage.needs),
-            seconds_per_row=stage.seconds_per_row,
-            num_cpus=stage.num_cpus,
-            num_gpus=stage.num_gpus,
-            labelers=[x.name for x in getattr(stage.worker, "labelers", ())],
-            modalities=sorted({m for t in stage.tasks for m in t.specs}),
-        )
+        tell("stage", stage.name, **stage.described())
     with threadpool_limits(limits=1):  # the workers say so, too, but never take it back
         while not schedule.finished:
             waiting = True

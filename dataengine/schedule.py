@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from dataengine.work import Task, Worker
 
@@ -37,6 +39,21 @@ class Stage:
     max_workers: int | None = None
     needs: tuple[str, ...] = ()
     """Stages whose task of the same shard must be committed first."""
+
+    def described(self) -> dict[str, Any]:
+        """The values of a `stage` event."""
+        cells = Counter(m for t in self.tasks for m in t.specs)
+        return {
+            "tasks": len(self.tasks),
+            "rows": sum(self.num_rows[t.shard] for t in self.tasks),
+            "cells": dict(cells),
+            "needs": list(self.needs),
+            "seconds_per_row": self.seconds_per_row,
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "labelers": [x.name for x in getattr(self.worker, "labelers", ())],
+            "modalities": sorted(cells),
+        }
 
 
 class _Split:
