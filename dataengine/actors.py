@@ -26,6 +26,7 @@ class _Actor:
 
     def __init__(self, worker: Worker, device: str, batch_seconds: float) -> None:
         self._work = Supervised(worker, device, batch_seconds=batch_seconds)
+        psutil.cpu_percent()  # what the next call counts from
 
     def ready(self) -> str:
         """Wait until the weights are loaded; the id of the node. Raises what kept the worker from starting."""
