@@ -199,10 +199,11 @@ class Driver:
     def _bounded(self, wanted: dict[str, int], room: dict[str, float], now: dict[str, int]) -> dict[str, int]:
         """The wanted numbers within `max_workers`; beyond the room only a few, for an autoscaler to see."""
         assert self.max_workers is not None
-        beyond = min(self.max_workers, sum(now.values()) + MAX_BEYOND)
-        if sum(wanted.values()) < beyond and self.cluster.elastic:
-            generous = {"CPU": float(1 << 20), "GPU": float(1 << 20)}
-            wanted = {n: max(wanted[n], k) for n, k in self.schedule.num_workers(generous, now).items()}
+        few = min(self.max_workers, sum(now.values()) + MAX_BEYOND)
+        if sum(wanted.values()) < few and self.nodes and self.cluster.elastic:
+            stages = self.schedule.stages.values()
+            larger = {"CPU": few * max(s.num_cpus for s in stages), "GPU": few * max(s.num_gpus for s in stages)}
+            wanted = {n: max(wanted[n], k) for n, k in self.schedule.num_workers(larger, now).items()}
         while sum(wanted.values()) > self.max_workers:
             wanted[max(wanted, key=lambda n: wanted[n])] -= 1
         return wanted
