@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -14,7 +15,9 @@ import psutil
 import pytest
 import ray
 import ray.exceptions
+from ray._private import worker
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 
 from dataengine import actors, local, verdicts
@@ -26,7 +29,7 @@ from dataengine.work import LabelGroup
 from pipelines.live import RunState
 from pipelines.table import table
 from tests.fakes import Threshold, ingested, tree
-from tests.faulty import Faulty
+from tests.faulty import Faulty, called
 
 # Ray's test cluster leaves sockets to the garbage collector.
 pytestmark = [
@@ -160,3 +163,30 @@ def test_a_killed_actor_is_replaced_and_its_child_is_gone(tmp_path: Path, cluste
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in killed)
     assert any(e.kind == "lost" for e in events)
     assert tree(tmp_path / "root") == tree(tmp_path / "calm")
+
+
+@pytest.mark.ray
+def test_a_node_that_announces_its_end_is_left_in_good_order(tmp_path: Path, cluster: Cluster) -> None:
+    calm = ingested(tmp_path, 160, shard_size=80, name="calm")
+    local.run_stages(stages(calm, tmp_path / "calm-calls", seconds=0.0)[:1])
+    dataset = ingested(tmp_path, 160, shard_size=80)
+    events: list[Event] = []
+    accepted: list[bool] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if event.kind == "start" and sum(e.kind == "start" for e in events) == 2:
+            # As deploy/drain.py does when a spot machine is told to go.
+            until = int((time.time() + 60) * 1000)
+            preempted = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            accepted.append(worker.global_worker.gcs_client.drain_node(event.node, preempted, "spot", until)[0])
+
+    actors.run_stages(stages(dataset, tmp_path / "calls", seconds=1.0)[:1], on_event=on_event)
+    assert accepted == [True]
+    assert tree(tmp_path / "root") == tree(tmp_path / "calm")
+    (leaving,) = (e for e in events if e.kind == "node-draining")
+    gone = [e for e in events if e.kind == "worker-down" and e.node == leaving.node]
+    assert [(e.values["cause"], e.values["planned"]) for e in gone] == [("its node announced its end", True)]
+    assert any(e.kind == "lost" and e.values["cause"] == "drained" for e in events)
+    # What the leaving worker had finished was taken up, not made again: at most the batch at hand is met twice.
+    assert sum(called(tmp_path / "calls").values()) <= 160 + 8
