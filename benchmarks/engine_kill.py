@@ -111,6 +111,15 @@ def stamps(store: Store) -> dict[str, str]:
     return {f"commits/{c}/{entry.name}": entry.tag for c in WANTED for entry in store.entries(f"commits/{c}")}
 
 
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether a process is an actor, or what one watches."""
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return "supervise._main" in line or line.startswith("ray::_Actor")
+
+
 @dataclass
 class Sweep:
     """One root under fire."""
@@ -201,11 +210,8 @@ class Sweep:
             self.cluster.add_node(num_cpus=2)
             self.kills[target] += 1
             return True
-        found = []
-        for process in psutil.process_iter(["cmdline", "name"]):
-            line = " ".join(process.info["cmdline"] or [])
-            if "supervise._main" in line or line.startswith("ray::_Actor"):
-                found.append(process)
+        nodes = [psutil.Process(n.all_processes["raylet"][0].process.pid) for n in self.cluster.list_all_nodes()]
+        found = [p for node in nodes for p in node.children(recursive=True) if _is_worker(p)]
         if not found:
             return False
         self.rng.choice(found).kill()

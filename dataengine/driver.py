@@ -19,6 +19,7 @@ from dataengine.cluster import Cluster
 from dataengine.events import Event
 from dataengine.manifest import Conflict
 from dataengine.schedule import Schedule, Stage
+from dataengine.supervise import WorkerDies
 from dataengine.work import Report, Stopped, Task, Unfinished
 
 MAX_TRIES = 4
@@ -331,6 +332,8 @@ class Driver:
         """The one place where an error that ended a task is turned into what happens next."""
         name, verdict, cause = handle.stage.name, verdicts.of(error), verdicts.cause(error)
         inner = getattr(error, "cause", None) or error
+        if isinstance(inner, WorkerDies):
+            verdict = "worker"  # its watcher lives, and has given it up
         if verdict in ("start", "run") or isinstance(inner, Conflict):
             raise inner from error
         key = (name, task.shard, task.rows)

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import fcntl
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ MAX_IDLE_DEATHS = 3
 
 _POLL = 0.2
 _PREFIX = "dataengine-worker-"
+_ENTRY = "from dataengine import supervise; supervise._main()"
 
 
 class WorkerDies(RuntimeError):
@@ -79,6 +81,7 @@ class Supervised:
         self._lock = threading.Lock()
         self._closing = False
         self._draining = False
+        self._over = False
         self._notes: list[str] = []
         self._child: _Child | None = None
         self._started: Future[None] = Future()
@@ -94,6 +97,8 @@ class Supervised:
         """Run one task."""
         running = _Running(task, Future())
         with self._lock:
+            if self._over:
+                raise WorkerDies("the worker has ended for good")
             number = next(self._ids)
             self._running[number] = running
             if self._child is not None and self._child.ready:
@@ -161,6 +166,8 @@ class Supervised:
                 self._child.end()
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._claim)
+            with self._lock:
+                self._over = True
             self._fail(WorkerDies("the worker was closed"))
 
     def _follow(self, child: _Child) -> str:
@@ -250,19 +257,15 @@ class _Child:
         self.ready = False
         self.began = time.time()
         self._sending = threading.Lock()
-        address = str(folder / "line")
-        Path(address).unlink(missing_ok=True)
-        with Listener(address, family="AF_UNIX") as listener:
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:  # closed here: what is left of the line is the child's, and ends with it
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from dataengine import supervise; supervise._main()", address, str(self.mark)],
+                [sys.executable, "-c", _ENTRY, str(theirs.fileno()), str(self.mark)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                 stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
             )
-            listener._listener._socket.settimeout(self._patience)  # type: ignore[attr-defined]
-            self.connection: Connection = listener.accept()
         self.send(("start", worker, device))
-
-    _patience = 120.0
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send; a child that is gone is noticed by who reads."""
@@ -295,10 +298,10 @@ class _Child:
 
 def _main() -> None:
     """Entry point of the child: load the worker, then run what comes over the line until it closes."""
-    address, mark = sys.argv[1:3]
+    line, mark = sys.argv[1:3]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the watcher
-    with Client(address, family="AF_UNIX") as connection:
+    with Connection(int(line)) as connection:
         _serve(connection, Path(mark))
     os._exit(0)  # threads may be in the middle of what nobody waits for any more
 

@@ -326,3 +326,22 @@ def test_what_a_killed_worker_left_on_its_machine_is_cleared_by_the_next(
     assert len(list(there.glob("dataengine-worker-*"))) == 1
     running.close()
     assert list(there.iterdir()) == []
+
+
+def test_a_process_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path, 8, shard_size=8)
+    worker, (task,) = group(dataset, Faulty())
+    running = Supervised(worker, "cpu")
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            the_child().kill()
+            break
+        except (ValueError, psutil.Error):
+            time.sleep(0.001)
+    began = time.monotonic()
+    assert running(task).outcome == "done"
+    assert time.monotonic() - began < 60
+    running.close()
+    with pytest.raises(WorkerDies):
+        running(task)
