@@ -1,4 +1,4 @@
-"""Run stages on Ray actors: the only module that imports ray. An actor is a watched worker with its weights loaded."""
+"""Run stages on Ray actors: the only door to Ray, its metrics aside. An actor is one watched worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ import psutil
 import ray
 
 from dataengine.driver import Driver
-from dataengine.events import Event
+from dataengine.events import Event, reports
 from dataengine.schedule import Stage, single
 from dataengine.supervise import Supervised
 from dataengine.work import Report, Task, Worker
@@ -41,14 +42,13 @@ class _Actor:
 
     def usage(self) -> dict[str, Any]:
         """How busy this node is, and what the worker does."""
-        now = self._work.usage()
-        step = now["step"]
+        now = self._work.step()
         return {
             "cpu": psutil.cpu_percent() / 100,
             "gpus": _gpus(),
             "memory": int(psutil.virtual_memory().used),
-            "step": None if step is None else asdict(step),
-            "step_seconds": now["seconds"],
+            "step": None if now is None else asdict(now[0]),
+            "step_seconds": 0.0 if now is None else time.time() - now[1],
         }
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class _Ray:
         ray.kill(worker)
 
     def nodes(self) -> dict[str, dict[str, float]]:
-        return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+        return nodes()
 
     def draining(self) -> dict[str, int]:
         from ray._private import worker
@@ -148,19 +148,14 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def resources() -> list[dict[str, float]]:
-    """What each node of the cluster has, CPU, GPU and memory; of the one that this process is connected to."""
-    return [n["Resources"] for n in ray.nodes() if n["Alive"]]
+def nodes() -> dict[str, dict[str, float]]:
+    """What each node has, CPU, GPU, memory, by its id, in the cluster that this process is connected to."""
+    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
 
 
 def run(
     worker: Worker, tasks: Sequence[Task], *, workers: int, device: str, on_report: Callable[[Report], None]
 ) -> None:
     """Run the tasks of one worker as one stage; see `run_stages`."""
-
-    def on_event(event: Event) -> None:
-        if event.kind == "report":
-            on_report(Report.of(event.values))
-
-    gpus = 1.0 if device.startswith("cuda") else 0.0
-    run_stages([single(worker, tasks, gpus=gpus)], on_event=on_event, device=device, max_workers=workers)
+    stage = single(worker, tasks, gpus=1.0 if device.startswith("cuda") else 0.0)
+    run_stages([stage], on_event=reports(on_report), device=device, max_workers=workers)

@@ -52,7 +52,6 @@ class Attempt:
         self, shard: int, start: int, samples: Sequence[Sample | Failed], deaths: Sequence[Death]
     ) -> list[dict[str, Any] | Failed]:
         """The outputs for rows start.. of a shard, in order; a row that is Failed already stays so, uncalled."""
-        outputs: list[dict[str, Any] | Failed] = []
         now = Step(shard, self.who, start, start + len(samples))
         todo = [s for s in samples if isinstance(s, Sample)]
         if not todo:

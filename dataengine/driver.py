@@ -179,7 +179,7 @@ class Driver:
         now = {name: len([h for h in hs if not h.leaving]) for name, hs in self.workers.items()}
         wanted = self.schedule.num_workers(room, now)
         if self.max_workers is not None:
-            wanted = self._bounded(wanted, room, now)
+            wanted = self._bounded(wanted, now)
         if not any(wanted.values()) and not any(now.values()) and any(map(self.schedule.can_start, self.workers)):
             needed = {n: (s.num_cpus, s.num_gpus) for n, s in self.schedule.stages.items()}
             if self.nodes:
@@ -197,7 +197,7 @@ class Driver:
             for _ in range(wanted[name] - now[name]):
                 self._spawn(self.schedule.stages[name])
 
-    def _bounded(self, wanted: dict[str, int], room: dict[str, float], now: dict[str, int]) -> dict[str, int]:
+    def _bounded(self, wanted: dict[str, int], now: dict[str, int]) -> dict[str, int]:
         """The wanted numbers within `max_workers`; beyond the room only a few, for an autoscaler to see."""
         assert self.max_workers is not None
         few = min(self.max_workers, sum(now.values()) + MAX_BEYOND)
@@ -326,6 +326,8 @@ class Driver:
                 wait = min(BUSY_SECONDS * 2 ** min(self.busy[name, task.shard], 10), MAX_BUSY_SECONDS)
                 self.later.append((time.monotonic() + wait, name, task))
             else:
+                # Drained, perhaps by a signal that only its own machine got: it would drain whatever it is handed.
+                self._send_away(handle, "it was told to end")
                 self.schedule.again(name, task)
 
     def _went_wrong(self, handle: _Handle, task: Task, error: Exception) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from dataengine.work import Report
 
 KINDS = {
     "run": "the run began; values: what, runner, device, recipe, pid, host",
@@ -36,3 +39,13 @@ class Event:
     shard: int | None = None
     rows: tuple[int, int] | None = None
     values: dict[str, Any] = field(default_factory=dict)
+
+
+def reports(on_report: Callable[[Report], None]) -> Callable[[Event], None]:
+    """A taker of events that passes reports on, for who wants nothing else."""
+
+    def on_event(event: Event) -> None:
+        if event.kind == "report":
+            on_report(Report.of(event.values))
+
+    return on_event

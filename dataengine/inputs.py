@@ -39,14 +39,14 @@ class Inputs:
 
     @classmethod
     def read(cls, dataset: Dataset, shard: int, names: Sequence[str], threads: Executor) -> Inputs:
-        """Read whole tars side by side; ValueError when one is not what its record says, or not aligned with rgb."""
+        """Read whole tars side by side, rgb's among them; ValueError when one is not as its record or rgb says."""
         records = {m: dataset.commit(m, shard) for m in names}
         for m, record in records.items():
             if record is None:
                 raise ValueError(f"{tar_path(m, shard)} is needed as input and is not committed")
         members = dict(zip(names, threads.map(lambda m: dataset.read(m, shard), names), strict=True))
         there = [r for r in records.values() if r is not None]
-        keys = records["rgb"].keys if records.get("rgb") is not None else dataset.keys(shard)  # type: ignore[union-attr]
+        keys = next(r.keys for r in there if r.modality == "rgb")
         for m, column in members.items():
             if tuple(member.key for member in column) != keys:
                 raise ValueError(f"{tar_path(m, shard)} does not list the keys of the rgb tar: run `dataengine verify`")

@@ -117,9 +117,9 @@ class _Shard:
         self.dataset = group.dataset
         self.spent: dict[str, float] = {}
         self.notes: list[str] = []
+        self.saved = False
         self.behind: deque[tuple[str, Future[dict[int, Row]]]] = deque()
         self.saved_at = time.monotonic()
-        self.stores: list[Rows] = [group.staging, *([group.spool] if group.spool is not None else [])]
 
     def run(self, began: float) -> Report:
         task = self.task
@@ -128,13 +128,13 @@ class _Shard:
         active = [a for a in self.group.attempts if set(a.labeler.emits) & set(specs)]
         columns = {c: _Column(a) for a in active for c in a.labeler.emits if c in specs}
         notes = [(a, len(a.notes)) for a in active]
-        drained = False
+        drained = staged = False
         if active:
             with self._timed("read"):
                 names = sorted({"rgb", *(m for a in active for m in a.labeler.inputs)} - set(columns))
                 inputs = Inputs.read(self.dataset, task.shard, names, self.group.threads)
                 start, stop = _rows(task, len(inputs.keys), [a.batch_size for a in active])
-                self._take_up(columns, specs, start, stop)
+                staged = self._take_up(columns, specs, start, stop)
             drained = not self._label(active, columns, inputs, start, stop)
         if drained or task.rows is not None:
             self._save(columns)
@@ -143,6 +143,9 @@ class _Shard:
             self.still_ours()
             with self._timed("commit"):
                 reports = self._commit(active, columns, specs, inputs.random if active else {})
+            if staged or self.saved:
+                for c in columns:
+                    self.group.staging.clear(c, task.shard)
         return Report(
             task.shard,
             reports,
@@ -159,12 +162,18 @@ class _Shard:
             raise Conflict(f"{there.file} was committed with another identity since this run was planned")
         return there is not None
 
-    def _take_up(self, columns: Mapping[str, _Column], specs: Mapping[str, str], start: int, stop: int) -> None:
-        """Take up the rows that an earlier attempt, or a worker with other rows of this shard, has finished."""
-        for c, column in columns.items():
-            for store in self.stores:
-                found = store.load(c, self.task.shard, specs[c])
-                column.rows |= {i: row for i, row in found.items() if start <= i < stop}
+    def _take_up(self, columns: Mapping[str, _Column], specs: Mapping[str, str], start: int, stop: int) -> bool:
+        """Take up the rows that an earlier attempt, or a worker with other rows of this shard, has finished.
+
+        Whether there were any in staging, which must then be cleared.
+        """
+        asked = [(store, c) for store in (self.group.staging, self.group.spool) if store is not None for c in columns]
+        loads = self.group.threads.map(lambda a: a[0].load(a[1], self.task.shard, specs[a[1]]), asked)
+        staged = False
+        for (store, c), found in zip(asked, loads, strict=True):
+            columns[c].rows |= {i: row for i, row in found.items() if start <= i < stop}
+            staged |= bool(found) and store is self.group.staging
+        return staged
 
     # -- labelling ----------------------------------------------------------------------------------------------------
 
@@ -304,7 +313,7 @@ class _Shard:
             for c, column in columns.items():
                 self.group.staging.save(c, self.task.shard, self.task.specs[c], column.unsaved)
                 column.unsaved = {}
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = True, time.monotonic()
 
     # -- committing ---------------------------------------------------------------------------------------------------
 
@@ -322,9 +331,9 @@ class _Shard:
         reports = list(
             self.group.threads.map(lambda c: self._publish(c, columns[c], specs[c], found[c]), list(columns))
         )
-        for store in self.stores:
+        if self.group.spool is not None:
             for c in columns:
-                store.clear(c, self.task.shard)
+                self.group.spool.clear(c, self.task.shard)
         return tuple(reports)
 
     def _publish(self, name: str, column: _Column, spec: str, random: bool) -> CellReport:
@@ -366,7 +375,7 @@ class _Shard:
 def _rows(task: Task, count: int, sizes: Sequence[int]) -> tuple[int, int]:
     """The rows of a task; ValueError when they would cut a batch, for then other bytes could come out."""
     start, stop = task.rows or (0, count)
-    if not 0 <= start < stop <= count or any(start % size or (stop % size and stop != count) for size in sizes):
+    if not 0 <= start <= stop <= count or any(start % size or (stop % size and stop != count) for size in sizes):
         raise ValueError(f"rows {start}..{stop} of {count} in shard {task.shard}: they cut batches of {sizes}")
     return start, stop
 

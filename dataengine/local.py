@@ -12,7 +12,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from dataengine.events import Event
+from dataengine.events import Event, reports
 from dataengine.schedule import Schedule, Stage, single
 from dataengine.work import Report, Task, Work, Worker
 
@@ -66,9 +66,4 @@ def run(
     worker: Worker, tasks: Sequence[Task], *, workers: int, device: str, on_report: Callable[[Report], None]
 ) -> None:
     """Run the tasks of one worker as one stage; `workers` is taken for the signature's sake."""
-
-    def on_event(event: Event) -> None:
-        if event.kind == "report":
-            on_report(Report.of(event.values))
-
-    run_stages([single(worker, tasks)], on_event=on_event, device=device)
+    run_stages([single(worker, tasks)], on_event=reports(on_report), device=device)

@@ -119,19 +119,10 @@ class Supervised:
             if self._child is not None:
                 self._child.send(("drain",))
 
-    def usage(self) -> dict[str, Any]:
-        """What the child does and takes: its step and since when, CPU seconds, resident bytes."""
+    def step(self) -> tuple[Step, float] | None:
+        """The step that the child is in, and since when (seconds since the epoch); None between steps."""
         child = self._child
-        found: dict[str, Any] = {"step": None, "seconds": 0.0, "cpu": 0.0, "memory": 0}
-        if child is not None:
-            now = pulse.read(child.mark)
-            if now is not None:
-                found |= {"step": now[0], "seconds": time.time() - now[1]}
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(child.process.pid)
-                times = process.cpu_times()
-                found |= {"cpu": times.user + times.system, "memory": process.memory_info().rss}
-        return found
+        return None if child is None else pulse.read(child.mark)
 
     def close(self) -> None:
         """End the child."""

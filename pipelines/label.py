@@ -144,7 +144,7 @@ def execute(
             stack.enter_context(actors.connected())
             nodes = [
                 Node(cpus=n.get("CPU", 0.0), gpus=n.get("GPU", 0.0), memory_bytes=int(n.get("memory", 0)))
-                for n in actors.resources()
+                for n in actors.nodes().values()
             ]
             if device == "auto" and any(node.gpus for node in nodes):
                 where = "cuda"  # a driver without a GPU may lead a cluster that has some

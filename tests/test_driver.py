@@ -127,3 +127,18 @@ def test_an_autoscaler_is_shown_a_few_more_workers_than_there_is_room_for() -> N
 def test_no_room_for_any_worker_is_said_and_not_waited_for() -> None:
     with pytest.raises(ValueError, match="no room for a worker"):
         run(Imagined(0, done), [stage(2)])
+
+
+def test_a_worker_that_was_told_to_end_by_its_machine_is_replaced_and_not_asked_again() -> None:
+    cluster: Imagined
+    asked: list[tuple[int, int]] = []
+
+    def work(task: Task) -> Report:
+        asked.append((len(cluster.started), task.shard))
+        return Report(task.shard, (), 0.0, outcome="drained") if len(cluster.started) == 1 else done(task)
+
+    cluster = Imagined(100, work)
+    events = run(cluster, [stage(3)], max_workers=1)
+    assert [e.values["cause"] for e in events if e.kind == "worker-down"] == ["it was told to end"]
+    assert len([1 for workers, _ in asked if workers == 1]) <= 2  # the two tasks it had
+    assert sorted(e.shard for e in events if e.kind == "report" and e.shard is not None) == [0, 1, 2]

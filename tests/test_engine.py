@@ -236,3 +236,14 @@ def test_ray_passes_on_what_stopped_a_worker_from_starting(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="no weights at all"):
         actors.run(plan.group(dataset.store.url), plan.tasks, workers=2, device="cpu", on_report=lambda r: None)
     assert dataset.committed("canny_edge") == []
+
+
+def test_a_shard_of_which_every_image_was_refused_is_labelled_as_what_it_is_empty(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 4)
+    for i in (2, 3):
+        (images / f"image{i:03d}.png").write_bytes(b"no image")
+    dataset = ingested(tmp_path, shard_size=2)
+    assert [len(dataset.keys(s)) for s in dataset.committed("rgb")] == [2, 0]
+    label(dataset, ["sam_edge"], Threshold(), Inverted())
+    assert dataset.committed("sam_edge") == [0, 1]
+    assert validate.verify(dataset) == []
