@@ -160,6 +160,11 @@ def test_pictures_are_images_or_words(modality: Modality, size: tuple[int, int])
         ("depth", lambda v: v + 1, r"in 0\.\.1, got"),
         ("depth", lambda v: v * np.float32("nan"), "finite"),
         ("normal", lambda v: v * np.float32(1.5), "length 1, got 1.5"),
+        (
+            "normal",
+            lambda v: np.where(np.arange(v.size).reshape(v.shape) == v.size // 2, np.float32("nan"), v),
+            "got 1 ",
+        ),
         ("semseg", lambda v: np.full_like(v, 133), r"0\.\.132 or 255, got \[133\]"),
         ("canny_edge", lambda v: v // 2, r"0 and 255, got \[127\]"),
         ("sam_edge", lambda v: v // 255, r"0 and 255, got \[1\]"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-import cv2
 import numpy as np
 
 
@@ -26,21 +25,29 @@ def array(name: str, value: Any, dtype: type[np.generic], shape: Sequence[int | 
 
 def finite(name: str, value: np.ndarray) -> None:
     """No nan and no infinity."""
-    if not np.isfinite(value).all():
+    if not _is_finite(value):
         raise ValueError(f"{name}: expected finite values, got {value.size - int(np.isfinite(value).sum())} others")
 
 
-def among(name: str, value: np.ndarray, allowed: Collection[int], words: str) -> None:
-    """All values of an array uint8 (h, w) among the allowed ones; `words` name them in the message."""
-    # A lookup is ten times as fast as sorting the values.
-    known = np.isin(np.arange(256), list(allowed)).astype(np.uint8)
-    if not cv2.LUT(np.ascontiguousarray(value), known).all():
-        raise ValueError(f"{name}: expected {words}, got {np.setdiff1d(value, list(allowed))[:5].tolist()}")
+def _is_finite(value: np.ndarray) -> bool:
+    if value.dtype == np.float16 and value.size:
+        # By their bits: eight times as fast as numpy, which widens each value. All ones in the exponent is inf or nan.
+        return int((value.view(np.uint16) & 0x7FFF).max()) < 0x7C00
+    return bool(np.isfinite(value).all())
+
+
+def ids(name: str, value: np.ndarray, largest: int, words: str) -> None:
+    """All values of an array uint8 in 0..largest, or 255; `words` name them in the message."""
+    # 255 wraps to 0, so that one maximum tells.
+    if value.size and (value + np.uint8(1)).max() > largest + 1:
+        strange = np.unique(value[(value > largest) & (value < 255)])
+        raise ValueError(f"{name}: expected {words}, got {strange[:5].tolist()}")
 
 
 def within(name: str, value: np.ndarray, low: float, high: float) -> None:
-    """All values in low..high."""
+    """All values in low..high, and so none of them nan."""
     if value.size and not (low <= value.min() and value.max() <= high):
+        finite(name, value)
         raise ValueError(f"{name}: expected values in {low}..{high}, got {value.min():g}..{value.max():g}")
 
 

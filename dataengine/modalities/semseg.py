@@ -31,7 +31,7 @@ class Semseg(Modality):
     def check(self, value: Any, size: tuple[int, int]) -> None:
         """uint8 (h, w), 0..132 or 255."""
         expect.array(self.name, value, np.uint8, size)
-        expect.among(self.name, value, (*range(len(coco.NAMES)), coco.UNLABELLED), "ids 0..132 or 255")
+        expect.ids(self.name, value, len(coco.NAMES) - 1, "ids 0..132 or 255")
 
     def placeholder(self, size: tuple[int, int]) -> np.ndarray:
         """All unlabelled."""
