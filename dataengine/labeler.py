@@ -41,12 +41,16 @@ class Labeler(ABC):
 
     Frozen, picklable, importable without torch. Subclasses set `inputs` and `emits` as plain class attributes and raise
     `version` when the same settings would give other values. A field named `checkpoint` says where weights come from;
-    it is not part of the identity, the sha256 of the weights is.
+    it is not part of the identity, the sha256 of the weights is. Of several that emit a modality the one that is no
+    `alternative` makes it, unless a recipe or a setting (`det=dfine`) names another.
     """
 
     version = 1
     batch_size = 8
     gpus = 0.0
+    alternative = False
+    gate = ""
+    """What a user must do before the published weights may be downloaded: accept terms, and where."""
 
     @property
     @abstractmethod

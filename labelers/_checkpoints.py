@@ -2,38 +2,123 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 
-def read(file: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch file, of the names under `prefix` and without it.
+STATES = ("state_dict", "model")
+"""Under which names trainers (Lightning, detectron2) keep the tensors in what they save."""
 
-    ValueError when there are none, or when the file is a TorchScript archive: reading one runs its code.
+
+def read(file: Path, prefix: str = "", *, stubs: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, a torch file or a detectron2 pickle, of the names under `prefix` without it.
+
+    Nothing in a file is ever run: a torch file is read with `weights_only`, a pickle by a reader that knows arrays
+    alone. `stubs` names classes ("yacs.config.CfgNode") that lie in a file beside its tensors and are read as mere
+    dicts. ValueError when it is damaged, is something else, or has no such tensors.
     """
-    import torch
-    from safetensors import safe_open
-
     if file.suffix == ".safetensors":
+        state = _safetensors(file, prefix)
+    elif file.suffix == ".pkl":
+        state = _arrays(file)
+    else:
+        state = _torch(file, stubs)
+    for name in STATES:
+        if isinstance(state.get(name), dict):
+            state = state[name]
+    import torch
+
+    found = {
+        n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix) and isinstance(v, torch.Tensor)
+    }
+    if not found:
+        raise ValueError(
+            f"{file.name}: expected tensors named {prefix or 'anything'}*, found {', '.join(list(state)[:5]) or 'none'}"
+        )
+    return found
+
+
+def _safetensors(file: Path, prefix: str) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(file, framework="pt") as stream:
-            state = {name: stream.get_tensor(name) for name in stream.keys() if name.startswith(prefix)}  # noqa: SIM118
-    elif _is_torchscript(file):
+            return {name: stream.get_tensor(name) for name in stream.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(_damaged(file, "a safetensors file", error)) from error
+
+
+def _torch(file: Path, stubs: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    if _is_torchscript(file):
         raise ValueError(
             f"{file.name} is a TorchScript archive, which can only be read by running its code: "
             "use the safetensors file of the same weights"
         )
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if not state:
-        raise ValueError(f"{file.name}: expected tensors named {prefix or 'anything'}*, found none")
+    # An ordered dict takes whatever items and attributes a class was saved with, and does nothing with them.
+    known: list[Any] = [(OrderedDict, name) for name in stubs]
+    try:
+        with torch.serialization.safe_globals(known):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(_damaged(file, "a torch file of tensors alone (weights_only)", error)) from error
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+        raise ValueError(
+            f"{file.name} holds more than tensors and is not read (weights_only): {', '.join(sorted(others))}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(_damaged(file, "a torch file", error)) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file.name}: expected a dict of tensors, found {type(state).__name__}")
     return state
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dicts, lists, strings, numbers and numpy arrays; anything else in a pickle is refused unbuilt."""
+
+    _KNOWN = frozenset(
+        (module, name)
+        for package in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for module, name in ((package, "_reconstruct"), (package, "scalar"))
+    ) | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few that arrays are made of."""
+        if (module, name) not in self._KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is not among what a file of arrays needs")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    try:
+        with file.open("rb") as stream:
+            state = _Arrays(stream, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(_damaged(file, "a pickle of arrays", error)) from error
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    return {n: torch.from_numpy(v) for n, v in state.items() if isinstance(v, np.ndarray) and v.dtype != object}
+
+
+def _damaged(file: Path, what: str, error: Exception) -> str:
+    with file.open("rb") as stream:
+        head = stream.read(64).lstrip().lower()
+    size = file.stat().st_size
+    if head.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
+        return f"{file.name} ({size} bytes) is a web page or a Git LFS pointer, not {what}: download the file itself"
+    first = str(error).strip().partition("\n")[0]
+    return f"{file.name} ({size} bytes) is cut short, damaged or not {what}: {first[:200]}; fetch it again"
 
 
 def _is_torchscript(file: Path) -> bool:

@@ -33,7 +33,7 @@ app = typer.Typer(
 Root = Annotated[str, typer.Argument(help="Dataset root: a folder or any fsspec URL.")]
 Modalities = Annotated[
     list[str] | None,
-    typer.Argument(help="Modalities to make, and settings as labeler.field=value (sam.points_per_side=16)."),
+    typer.Argument(help="Modalities to make, who makes one (det=dfine), settings (sam.points_per_side=16)."),
 ]
 Settings = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: field=value, loop.steps=100.")]
 RunnerOption = Annotated[

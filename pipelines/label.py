@@ -12,6 +12,7 @@ from dataengine.groups import Group, Node
 from dataengine.index import Index
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
+from dataengine.modalities import split
 from dataengine.plan import LabelPlan, plan_labels
 from dataengine.versions import Versioned
 from pipelines import config, running
@@ -35,8 +36,9 @@ def run_of(recipe: str | LabelRun | None) -> LabelRun:
 
 
 def default_labelers() -> list[Labeler]:
-    """Every labeler of the registry with its default settings (published checkpoints)."""
-    return [plugins.load("labelers", name, Labeler)() for name in plugins.names("labelers")]
+    """Every labeler of the registry with its default settings (published checkpoints), alternatives last."""
+    found = [plugins.load("labelers", name, Labeler)() for name in plugins.names("labelers")]
+    return sorted(found, key=lambda labeler: labeler.alternative)
 
 
 def plan(
@@ -48,9 +50,11 @@ def plan(
 ) -> LabelPlan:
     """The label plan of some modalities; with none named, all that the recipe's labelers emit."""
     run = run_of(recipe)
+    chosen, settings = _choices(settings)
     settings, reads = _reads(settings)
-    candidates = [*_set(run.labelers, settings), *default_labelers()]
+    candidates = [*_set([*chosen.values(), *run.labelers], settings), *default_labelers()]
     wanted = list(modalities) or [m for labeler in run.labelers for m in labeler.emits]
+    wanted += [column for column in chosen if column not in wanted]
     if not wanted:
         raise ValueError("name the modalities to label, or a recipe with labelers")
     for m in reads:
@@ -80,6 +84,23 @@ def _meaningful(index: Index, wanted: Sequence[str], candidates: Sequence[Labele
         if maker is not None and not maker.random:
             there.add(m)
     return there
+
+
+def _choices(settings: Sequence[str]) -> tuple[dict[str, Labeler], list[str]]:
+    """Who makes which column, as `det=dfine` or `det@v2=dfine` say it, and the other settings."""
+    chosen: dict[str, Labeler] = {}
+    rest = []
+    for setting in settings:
+        column, _, name = setting.partition("=")
+        if "." in column:
+            rest.append(setting)
+            continue
+        labeler = plugins.load("labelers", name, Labeler)()
+        modality, version = split(column)
+        if modality not in labeler.emits:
+            raise ValueError(f"{setting}: {name} makes {', '.join(labeler.emits)}, not {modality}")
+        chosen[column] = Versioned(inner=labeler, column_version=version) if version else labeler
+    return chosen, rest
 
 
 def _set(labelers: Sequence[Labeler], settings: Sequence[str]) -> list[Labeler]:

@@ -78,3 +78,15 @@ def test_a_recipe_may_hold_two_labelers_of_one_file(tmp_path: Path) -> None:
     dataset = ingested(tmp_path, count=2)
     made = label.plan(dataset, ["sam_edge"], label.LabelRun(labelers=(Threshold(level=7), Inverted())))
     assert made.labelers == (Threshold(level=7), Inverted())
+
+
+def test_a_setting_names_who_makes_a_column(tmp_path: Path) -> None:
+    dataset = ingested(tmp_path, count=2)
+    made = label.plan(dataset, [], None, ["det=opencv_persons", "opencv_persons.faces=false"])
+    assert [labeler.name for labeler in made.labelers] == ["opencv_persons"]
+    assert made.wanted == ("det",)
+    assert not made.labelers[0].faces  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"canny_edge makes canny_edge, not det"):
+        label.plan(dataset, [], None, ["det=canny_edge"])
+    with pytest.raises(ValueError, match="unknown labeler 'opencv_person'"):
+        label.plan(dataset, [], None, ["det=opencv_person"])

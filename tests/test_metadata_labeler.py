@@ -14,8 +14,8 @@ from dataengine.sample import Sample
 from labelers import _statistics as stats
 from labelers.canny_edge import Canny
 from labelers.color_palette import Palette
-from labelers.det import OpenCvDetector, _person_boxes
 from labelers.metadata import KINDS, SOURCES, Metadata
+from labelers.opencv_persons import OpenCvPersons, _person_boxes
 
 PHOTO = skimage.data.astronaut()
 RED = np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8)
@@ -170,12 +170,12 @@ def test_person_boxes_lose_the_margin_of_the_window_and_stay_in_the_image() -> N
 @pytest.mark.skipif(not hasattr(cv2, "HOGDescriptor"), reason="this OpenCV has no HOGDescriptor")
 def test_people_are_not_found_where_there_are_none() -> None:
     samples = [Sample(name, {"rgb": getattr(skimage.data, name)()}) for name in ("coffee", "chelsea")]
-    for labels in OpenCvDetector().load("cpu")([*samples, Sample("small", {"rgb": RED})]):
+    for labels in OpenCvPersons().load("cpu")([*samples, Sample("small", {"rgb": RED})]):
         assert not [i for i in labels["det"]["instances"] if i["score"] >= stats.MIN_SCORE]
 
 
 def test_overlapping_persons_are_one() -> None:
-    kept = OpenCvDetector()._kept(
+    kept = OpenCvPersons()._kept(
         [0.9, 0.8, 0.7, 0.01], [[0, 0, 0.5, 1], [0, 0, 0.5, 0.9], [0.6, 0, 1, 1], [0, 0, 1, 1]]
     )
     assert [(k["score"], k["boxes"]) for k in kept] == [(0.9, [0, 0, 0.5, 1]), (0.7, [0.6, 0, 1, 1])]

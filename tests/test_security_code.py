@@ -77,6 +77,8 @@ ALLOWED = {
     ("dataengine/supervise.py", "pickle.loads"): "what it has just pickled itself",
     ("dataengine/supervise.py", "subprocess.Popen"): "this interpreter and this package",
     ("labelers/_checkpoints.py", "torch.load"): "weights_only",
+    ("labelers/_checkpoints.py", "pickle.Unpickler"): "builds arrays alone, all else is refused",
+    ("labelers/_networks.py", "importlib.import_module"): "a package that a labeler names",
     ("model/snapshots.py", "torch.load"): "weights_only",
     ("pipelines/config.py", "importlib.import_module"): "a recipe of our own folder",
     ("pipelines/config.py", "made.loader.exec_module"): "the user's own recipe, named on the command line",

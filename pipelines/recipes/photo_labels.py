@@ -13,7 +13,7 @@ from dataengine.labeler import Labeler
 from pipelines.label import LabelRun
 from pipelines.recipes._scenes import OUT
 
-ALGORITHMS = ("canny_edge", "color_palette", "metadata", "det")
+ALGORITHMS = ("canny_edge", "color_palette", "metadata", "opencv_persons")
 RANDOM_NETWORKS = ("sam", "clip_b16", "dinov2_b14")
 
 

@@ -30,12 +30,12 @@ FACES = "haarcascade_frontalface_default.xml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenCvDetector(Labeler):
+class OpenCvPersons(Labeler):
     """Upright whole persons by HOG and a linear SVM (Dalal and Triggs 2005), and frontal faces by a Haar cascade (Viola
     and Jones 2001), as `{"instances": [...]}`.
 
     Each has `boxes` [x0, y0, x1, y1] in 0..1 of the image, `class_name` (always "person") and `score` (a monotone map
-    of the detector's margin, see `MIDDLE`; not a probability); the best score is first. It is the offline default: it
+    of the detector's margin, see `MIDDLE`; not a probability); the best score is first. It needs no download: it
     sees persons of at least `96 / upscale` pixels of height and misses sitting, cut and crowded ones. A face is a
     person whose box is the face's own: no body is guessed around it; `faces=False` leaves them out.
     """
@@ -43,6 +43,7 @@ class OpenCvDetector(Labeler):
     inputs = ("rgb",)
     emits = ("det",)
     batch_size = 16
+    alternative = True
 
     min_score: float = 0.05
     max_overlap: float = 0.5
@@ -55,7 +56,7 @@ class OpenCvDetector(Labeler):
         """The detector's coefficients, which are part of OpenCV; the device is not used."""
         if not hasattr(cv2, "HOGDescriptor"):
             raise ImportError(
-                f"det: OpenCV {cv2.__version__} has no HOGDescriptor (version 5 moved it to its contrib build): "
+                f"opencv_persons: OpenCV {cv2.__version__} has no HOGDescriptor (5 moved it to the contrib build): "
                 "pip install 'opencv-python-headless<5'"
             )
         hog = cv2.HOGDescriptor()
