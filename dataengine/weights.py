@@ -29,7 +29,8 @@ class Weights:
 def resolve(checkpoint: str, filename: str | None = None) -> Path:
     """The local file of a checkpoint: a local path, an fsspec URL (cached once), or a hub id with `filename`.
 
-    A local folder is taken as a hub layout that holds `filename`. FileNotFoundError says what was tried.
+    A local folder, or a URL that ends with "/", is taken as a hub layout that holds `filename`. FileNotFoundError says
+    what was tried.
     """
     local = Path(checkpoint).expanduser()
     if local.is_file():
@@ -39,7 +40,8 @@ def resolve(checkpoint: str, filename: str | None = None) -> Path:
             return local / filename
         raise FileNotFoundError(f"checkpoint folder {checkpoint} holds no {filename}")
     if "://" in checkpoint:
-        return storage.cached(checkpoint, download=not offline())
+        whole = checkpoint + filename if filename is not None and checkpoint.endswith("/") else checkpoint
+        return storage.cached(whole, download=not offline())
     if filename is not None and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/")):
         return _from_hub(checkpoint, filename)
     raise FileNotFoundError(

@@ -1,0 +1,161 @@
+"""Networks of the transformers library, built from the files of a checkpoint alone: a config and tensors.
+
+A checkpoint is a hub id, a local folder, an fsspec URL of a folder (it ends with "/"), or the weights file itself with
+the other files beside it. Nothing in it is run, and nothing it names is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dataengine import weights
+from labelers import _checkpoints
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    Config = TypeVar("Config", bound=PreTrainedConfig)
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+FILE = "model.safetensors"
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_EXPERTS = ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
+_IGNORED = frozenset((*_ATTENTION, *_EXPERTS, "fusion_config", "auto_map"))
+"""Settings that choose or fetch code: that is ours to choose, not a checkpoint's."""
+
+
+def part(checkpoint: str, name: str) -> Path:
+    """The local file of this name in a checkpoint; FileNotFoundError when it has none."""
+    if "://" in checkpoint:
+        return weights.resolve(checkpoint.rpartition("/")[0] + "/" + name)
+    local = Path(checkpoint).expanduser()
+    return weights.resolve(str(local.parent) if local.is_file() else checkpoint, name)
+
+
+def document(checkpoint: str, name: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint (`CONFIG`, `PREPROCESSOR`, ...); ValueError when the file is something else."""
+    file = part(checkpoint, name)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} of {checkpoint}: expected a JSON object, {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} of {checkpoint}: expected a JSON object, found {found!r:.80}")
+    return found
+
+
+def config(checkpoint: str, kind: type[Config], **changes: Any) -> Config:
+    """The network's configuration, of this kind, with some of its settings changed.
+
+    ValueError when it is that of another architecture, or of quantised weights.
+    """
+    found = _without(document(checkpoint, CONFIG), _IGNORED)
+    if found.get("model_type") != kind.model_type:
+        raise ValueError(
+            f"{CONFIG} of {checkpoint}: expected model_type {kind.model_type!r}, found {found.get('model_type')!r}"
+        )
+    if found.get("quantization_config"):
+        raise ValueError(f"{CONFIG} of {checkpoint}: quantised weights are not read, use the original ones")
+    made: Config = kind.from_dict({**found, **changes})
+    if getattr(made, "use_pretrained_backbone", False):
+        made.use_pretrained_backbone = False
+    return made
+
+
+def network(
+    checkpoint: str,
+    model_class: type[Model],
+    who: str,
+    *,
+    file: str = FILE,
+    configuration: PreTrainedConfig | None = None,
+    unused: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The network on the CPU for inference, every tensor of it read from the checkpoint and every tensor there used.
+
+    transformers renames what older versions of it have named otherwise, and ties what is tied. `unused` are regular
+    expressions of names in the file that are left out on purpose. float32 unless a `dtype` is given. ValueError lists
+    what is missing, unexpected or of another shape.
+    """
+    from transformers.utils import logging
+
+    state = _checkpoints.read(weights.resolve(checkpoint, file))
+    if configuration is None:
+        kind: Any = model_class.config_class
+        configuration = config(checkpoint, kind)
+    logging.disable_progress_bar()
+    return _filled(model_class, configuration, _kept(state, unused), who, dtype)
+
+
+def save_tiny(model: PreTrainedModel, folder: Path, seed: int, *, scale: float = 1.0) -> Path:
+    """Write a network with seeded random tensors as transformers publishes it, and mark it random: the weights file.
+
+    Buffers keep their values. A folder that holds one already is left as it is.
+    """
+    import torch
+
+    file = folder / FILE
+    if not file.exists():
+        tensors = _checkpoints.randomised(dict(model.named_parameters()), seed, scale)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[name])
+        model.save_pretrained(folder)
+        weights.mark_random(file, seed)
+    return file
+
+
+def _filled(
+    model_class: type[Model],
+    configuration: PreTrainedConfig,
+    state: dict[str, Tensor],
+    who: str,
+    dtype: torch.dtype | None,
+) -> Model:
+    import torch
+
+    build: Any = model_class.from_pretrained
+    model, report = build(
+        None,
+        config=configuration,
+        state_dict=state,
+        dtype=dtype or torch.float32,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    complaints = []
+    for what in ("missing", "unexpected"):
+        found = sorted(report[f"{what}_keys"])
+        if found:
+            complaints.append(f"{len(found)} tensors {what}: {', '.join(found[:5])}{', ...' * (len(found) > 5)}")
+    reshaped = [
+        f"{name} is {tuple(there)}, expected {tuple(here)}" for name, there, here in sorted(report["mismatched_keys"])
+    ]
+    if reshaped:
+        shown = f"{', '.join(reshaped[:5])}{', ...' * (len(reshaped) > 5)}"
+        complaints.append(f"{len(reshaped)} tensors of another shape: {shown}")
+    if complaints or report["error_msgs"]:
+        complaints += report["error_msgs"]
+        raise ValueError(f"{who}: the checkpoint is not that of this network: {'; '.join(complaints)}")
+    filled: Model = model.eval().requires_grad_(False)
+    return filled
+
+
+def _kept(state: dict[str, Tensor], unused: Sequence[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not any(re.search(pattern, name) for pattern in unused)}
+
+
+def _without(found: Any, names: frozenset[str]) -> Any:
+    if isinstance(found, dict):
+        return {name: _without(value, names) for name, value in found.items() if name not in names}
+    return [_without(value, names) for value in found] if isinstance(found, list) else found
