@@ -18,6 +18,7 @@ from dataengine.storage import Store
 from model.tokenizers import text
 from pipelines import look, pack
 from tests.fakes import Inverted, Threshold, tree, write_images
+from tests.faulty_s3 import s3_server
 from tests.instants import Killed, at_every_instant, killed_before, label
 
 
@@ -218,9 +219,6 @@ def test_ranges_of_shards() -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_on_an_object_store_the_bytes_are_those_of_a_disk(two: list[Dataset], tmp_path: Path) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
     def change(out: str) -> None:
         whole, parts = Dataset(f"{out}/whole"), (Dataset(f"{out}/p"), Dataset(f"{out}/q"))
         merge(whole, two, ["canny_edge"])
@@ -228,21 +226,10 @@ def test_on_an_object_store_the_bytes_are_those_of_a_disk(two: list[Dataset], tm
         export(parts[1], f"{out}/export", layout(parts[1], [], True, 3))
         evolve.drop(parts[0], ["canny_edge"])
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                patch.setenv(name, "testing")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-            boto3.client("s3").create_bucket(Bucket="merged")
-            change("s3://merged")
-            store = Store("s3://merged")
-            remote = {path: store.read(path) for path in store.find()}
-    finally:
-        server.stop()
+    with s3_server("merged"):
+        change("s3://merged")
+        store = Store("s3://merged")
+        remote = {path: store.read(path) for path in store.find()}
     change(str(tmp_path / "disk"))
     assert remote == tree(tmp_path / "disk")
     assert any(path.startswith("export/canny_edge/") for path in remote)

@@ -16,6 +16,7 @@ from dataengine.eventlog import EventLog, events, from_line, runs, to_line
 from dataengine.events import KINDS, Event
 from dataengine.storage import Store
 from dataengine.work import CellReport
+from tests.faulty_s3 import s3_server
 
 # botocore and moto still use names that newer Pythons and libraries deprecate.
 pytestmark = [
@@ -29,20 +30,8 @@ RUN = "20260101T000000-label-1"
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket on an S3 server of this process."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        boto3.client("s3").create_bucket(Bucket="watched")
+    with s3_server("watched"):
         yield "s3://watched"
-    server.stop()
 
 
 @pytest.fixture(params=["disk", "s3"])
