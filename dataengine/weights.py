@@ -41,7 +41,7 @@ def resolve(checkpoint: str, filename: str | None = None) -> Path:
         raise FileNotFoundError(f"checkpoint folder {checkpoint} holds no {filename}")
     if "://" in checkpoint:
         whole = checkpoint + filename if filename is not None and checkpoint.endswith("/") else checkpoint
-        return storage.cached(whole, download=not offline())
+        return _from_url(whole)
     if filename is not None and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/")):
         return _from_hub(checkpoint, filename)
     raise FileNotFoundError(
@@ -54,16 +54,51 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
+COPY = "or set checkpoint=PATH to a copy of it on this machine"
+"""What always helps when a file cannot be fetched."""
+
+
+def _from_url(url: str) -> Path:
+    try:
+        return storage.cached(url, download=not offline())
+    except Exception as error:
+        # Every protocol behind fsspec has errors of its own for what is not there and what cannot be reached.
+        shown = storage.redacted(url)
+        if offline():
+            why = "is not on this machine, and downloads are off (HF_HUB_OFFLINE): download it where they are not"
+        else:
+            first = storage.redacted(error).strip().partition("\n")[0][:200]
+            why = f"cannot be downloaded ({type(error).__name__}: {first}): check the address and the network"
+        raise FileNotFoundError(f"{shown} {why}, {COPY}") from error
+
+
 def _from_hub(repo: str, filename: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, local_files_only=offline()))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{filename} of {repo} is neither cached nor reachable: {type(error).__name__}"
-        ) from error
+    except (huggingface_hub.errors.EntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{filename} of {repo} {_why(repo, filename, error)}, {COPY}") from error
+
+
+def _why(repo: str, filename: str, error: Exception) -> str:
+    """Why a file of the hub cannot be had, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated: accept its terms at {page}, then run `hf auth login` with an account that may read it"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"cannot be found: {page} does not exist, or is private and needs `hf auth login`"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"cannot be found: {page} has no file of that name"
+    if offline():
+        return (
+            f"is neither cached nor reachable, as downloads are off (HF_HUB_OFFLINE): `hf download {repo} {filename}`"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = f"{type(error).__name__}" + ("" if status is None else f", status {status}")
+    return f"is neither cached nor reachable at {page} ({said}): check the network"
 
 
 def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> Weights:

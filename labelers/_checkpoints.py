@@ -17,7 +17,21 @@ STATES = ("state_dict", "model")
 """Under which names trainers (Lightning, detectron2) keep the tensors in what they save."""
 
 
-def read(file: Path, prefix: str = "", *, stubs: Sequence[str] = ()) -> dict[str, Tensor]:
+class State(dict[str, "Tensor"]):
+    """The tensors of a file by name. To ask for one that it lacks is a ValueError: the file is another network's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().__init__(tensors)
+        self.source = source
+
+    def __missing__(self, name: str) -> Tensor:
+        found = ", ".join(list(self)[:5]) + (", ..." if len(self) > 5 else "")
+        raise ValueError(
+            f"{self.source}: expected a tensor {name}, found {found}: this is another network's checkpoint"
+        )
+
+
+def read(file: Path, prefix: str = "", *, stubs: Sequence[str] = ()) -> State:
     """The tensors of a safetensors file, a torch file or a detectron2 pickle, of the names under `prefix` without it.
 
     Nothing in a file is ever run: a torch file is read with `weights_only`, a pickle by a reader that knows arrays
@@ -42,7 +56,7 @@ def read(file: Path, prefix: str = "", *, stubs: Sequence[str] = ()) -> dict[str
         raise ValueError(
             f"{file.name}: expected tensors named {prefix or 'anything'}*, found {', '.join(list(state)[:5]) or 'none'}"
         )
-    return found
+    return State(found, file.name)
 
 
 def _safetensors(file: Path, prefix: str) -> dict[str, Any]:
@@ -130,10 +144,12 @@ def _is_torchscript(file: Path) -> bool:
 
 def count(state: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered blocks there are under a prefix (`blocks.`): one more than the largest number."""
-    numbers = {int(name.removeprefix(prefix).split(".", 1)[0]) for name in state if name.startswith(prefix)}
-    if numbers != set(range(len(numbers))) or not numbers:
-        raise ValueError(f"checkpoint: expected {prefix}0, {prefix}1, ..., found {sorted(numbers)}")
-    return len(numbers)
+    found = {name.removeprefix(prefix).split(".", 1)[0] for name in state if name.startswith(prefix)}
+    if found != {str(i) for i in range(len(found))} or not found:
+        where = state.source if isinstance(state, State) else "checkpoint"
+        have = ", ".join(sorted(prefix + n for n in found) or list(state)[:5])
+        raise ValueError(f"{where}: expected {prefix}0, {prefix}1, ..., found {have}")
+    return len(found)
 
 
 def randomised(state: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
