@@ -34,6 +34,10 @@ def assert_same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
         assert found.dtype == expected.dtype
         assert found.shape == expected.shape
         np.testing.assert_allclose(found.astype(np.float64), expected.astype(np.float64), rtol=0, atol=tolerance)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_same(found[name], expected[name], tolerance)
     else:
         assert found == expected
 
