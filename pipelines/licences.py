@@ -43,11 +43,16 @@ _FORBIDDEN = re.compile(
     r"\b(nc|non-?commercial|research|academic|omnidata|smplx?|dsine|imperial|amlr|naver|mpi|pml|commercial-use-forbidden)\b"
 )
 
+_VITDET = "https://dl.fbaipublicfiles.com/detectron2/ViTDet/COCO/cascade_mask_rcnn_vitdet_"
+
 PUBLISHED = {
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth": "Apache-2.0",
+    f"{_VITDET}h/f328730692/model_final_f05665.pkl": "CC-BY-SA-3.0",
+    f"{_VITDET}l/f328021305/model_final_1a9f28.pkl": "CC-BY-SA-3.0",
+    f"{_VITDET}b/f325358525/model_final_435fa9.pkl": "CC-BY-SA-3.0",
     "timm/vit_base_patch16_clip_224.openai": "MIT",
     "facebook/mask2former-swin-base-coco-panoptic": "CC-BY-NC-4.0",
     "tue-mps/coco_panoptic_eomt_large_640": "MIT",
