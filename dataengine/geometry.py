@@ -67,6 +67,12 @@ def crop_map(values: np.ndarray, crop: Crop, side: int, *, nearest: bool) -> np.
     return np.ascontiguousarray(out[:, ::-1]) if crop.hflip else np.ascontiguousarray(out)
 
 
+def cut(values: np.ndarray, crop: Crop) -> np.ndarray:
+    """What lies under a crop of a (H, W) or (H, W, C) map, not resized, mirrored as it says; outside counts as 0."""
+    part = _cut(values, crop)
+    return np.ascontiguousarray(part[:, ::-1] if crop.hflip else part)
+
+
 def _cut(values: np.ndarray, crop: Crop) -> np.ndarray:
     height, width = values.shape[:2]
     t, b = max(crop.top, 0), min(crop.top + crop.height, height)

@@ -213,13 +213,14 @@ class Edges(Domain):
 
 @dataclass(frozen=True, kw_only=True)
 class Features(Domain):
-    """Dense features, float32 (h, w, channels), as they are; smooth L1."""
+    """Dense features, float32 (h, w, channels) or float16 as they are stored, as they are; smooth L1."""
 
     name: ClassVar[str] = "features"
     channels: int
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
         """Unchanged but for the layout."""
+        values = [v.astype(np.float32) if v.dtype == np.float16 else v for v in values]
         return _stacked(values, np.float32, self.channels, self.name).permute(0, 3, 1, 2).contiguous()
 
     def from_network(self, out: Tensor) -> list[Map]:

@@ -28,6 +28,7 @@ from pipelines.cli import (
     app,
     exits,
     say,
+    split_settings,
 )
 from pipelines.live import Prices
 from pipelines.running import console
@@ -103,7 +104,7 @@ def plan(
     from pipelines.licences import refuse_restricted
 
     dataset = Dataset(root)
-    names, settings = _split(modalities)
+    names, settings = split_settings(modalities)
     made, pins = label.plan(dataset, names, recipe, settings), label.run_of(recipe).groups
     if permissive:
         refuse_restricted(made.labelers, dataset)
@@ -146,7 +147,7 @@ def label(
     from pipelines.report_text import printed
 
     dataset = Dataset(root)
-    names, settings = _split(modalities)
+    names, settings = split_settings(modalities)
     made = labelling.plan(dataset, names, recipe, settings, replace or [])
     if permissive:
         refuse_restricted(made.labelers, dataset)
@@ -174,12 +175,6 @@ def label(
         as_json,
         f"committed {made.num_cells} cells, {made.num_done} were committed already; {failed} labels failed",
     )
-
-
-def _split(arguments: list[str] | None) -> tuple[list[str], list[str]]:
-    """Modality names and `labeler.field=value` settings, told apart by the equals sign."""
-    given = arguments or []
-    return [a for a in given if "=" not in a], [a for a in given if "=" in a]
 
 
 @app.command()
@@ -281,7 +276,7 @@ def retry(
     from pipelines import label as labelling
 
     dataset = Dataset(root)
-    names, settings = _split(modalities)
+    names, settings = split_settings(modalities)
     ingested, index = dataset.plan.ingested, Index.open(dataset.store)
     failed = [
         (m, shard)

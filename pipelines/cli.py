@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +56,12 @@ Recipe = Annotated[
 ]
 Permissive = Annotated[bool, typer.Option("--permissive", help="Refuse labelers whose weights forbid commercial use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+
+
+def split_settings(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Modality names, and settings (`det=dfine`, `sam.points_per_side=16`): told apart by the equals sign."""
+    given = arguments or []
+    return [a for a in given if "=" not in a], [a for a in given if "=" in a]
 
 
 def exits(command: Callable[..., None]) -> Callable[..., None]:

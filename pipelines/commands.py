@@ -10,7 +10,20 @@ import typer
 from dataengine.manifest import Dataset
 from dataengine.schedule import single
 from pipelines import config, label, running
-from pipelines.cli import Bad, Json, Modalities, Root, RunnerOption, Settings, Workers, app, exits, say
+from pipelines.cli import (
+    Bad,
+    Json,
+    Modalities,
+    Recipe,
+    Root,
+    RunnerOption,
+    Settings,
+    Workers,
+    app,
+    exits,
+    say,
+    split_settings,
+)
 from pipelines.running import console
 
 Name = Annotated[str, typer.Argument(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")]
@@ -22,17 +35,23 @@ def tokenize(
     root: Root,
     modalities: Modalities = None,
     tokenizers: Annotated[str, typer.Option(help="Folder of <modality>.safetensors files.")] = "tokenizers",
+    recipe: Recipe = None,
     runner: RunnerOption = "ray",
     workers: Workers = None,
+    device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
     max_bad_fraction: Bad = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Tokenise map labels: one tok_<modality>@<side> column for each tokenizer, every crop a row."""
+    """Tokenise maps and dense features: one tok_<modality>@<side> column for each tokenizer, every crop a row.
+
+    Features (CLIP-B16, DINOv2-B14, ...) are computed on the way and never stored.
+    """
     from dataengine.plan import plan_labels
     from pipelines.tokenize import labelers
 
     dataset = Dataset(root)
-    made = labelers(tokenizers, modalities or [])
+    names, settings = split_settings(modalities)
+    made = labelers(tokenizers, names, label.candidates(recipe, settings))
     plan = plan_labels(dataset, [m for t in made for m in t.emits], made)
     summary = label.execute(
         dataset,
@@ -40,7 +59,7 @@ def tokenize(
         what="tokenize",
         runner=runner,
         workers=workers,
-        device="cpu",
+        device=device,
         max_bad_fraction=max_bad_fraction,
     )
     say(

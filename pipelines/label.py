@@ -41,6 +41,12 @@ def default_labelers() -> list[Labeler]:
     return sorted(found, key=lambda labeler: labeler.alternative)
 
 
+def candidates(recipe: str | LabelRun | None, settings: Sequence[str] = ()) -> list[Labeler]:
+    """Every labeler there is, those that a recipe or settings (`det=dfine`, `sam.points_per_side=16`) name first."""
+    chosen, settings = _choices(settings)
+    return [*_set([*chosen.values(), *run_of(recipe).labelers], settings), *default_labelers()]
+
+
 def plan(
     dataset: Dataset,
     modalities: Sequence[str],

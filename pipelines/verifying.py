@@ -111,7 +111,11 @@ def replay(
     Labelers of a recipe and tokenizers of a folder are tried before those of the registry.
     """
     records = replays.drawn(dataset, part)
-    given = [*label.run_of(recipe).labelers, *([] if tokenizers is None else tokenize.labelers(tokenizers, []))]
+    given = list(label.run_of(recipe).labelers)
+    if tokenizers is not None:
+        known = plugins.names("labelers")
+        own = [setting for setting in settings if setting.partition(".")[0] in known]
+        given += tokenize.labelers(tokenizers, [], label.candidates(recipe, own))
     made = Maker(dataset, given, settings)
     with Progress(
         TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), console=console
