@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,43 @@ def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> W
     `licence` is that of the published weights; what `<file>.card.json` states about this file goes before it.
     """
     file = resolve(checkpoint, filename)
+    return _described(checkpoint, file, _hashed(file), licence)
+
+
+def describe_folder(checkpoint: str, filenames: Sequence[str], *, licence: str) -> Weights:
+    """Hash and describe a checkpoint of several files, as `describe` does one; the card is that of the first.
+
+    The hash is that of the lines of `sha256sum`: any file that changes, and any other name, changes it.
+    """
+    files = [beside(checkpoint, name) for name in filenames]
+    lines = "".join(f"{_hashed(file)}  {name}\n" for name, file in zip(filenames, files, strict=True))
+    return _described(checkpoint, files[0], hashlib.sha256(lines.encode()).hexdigest(), licence)
+
+
+def beside(checkpoint: str, filename: str) -> Path:
+    """The local file of this name of a checkpoint of several: a folder, a hub id, or one of the files by path or URL.
+
+    FileNotFoundError says what was tried.
+    """
+    if "://" in checkpoint:
+        return resolve(checkpoint.rpartition("/")[0] + "/" + filename)
+    local = Path(checkpoint).expanduser()
+    return resolve(str(local.parent) if local.is_file() else checkpoint, filename)
+
+
+def _hashed(file: Path) -> str:
     stat = file.stat()
+    return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
+
+
+def _described(checkpoint: str, file: Path, sha256: str, licence: str) -> Weights:
     card = stated(file)
     random, licence = bool(card.get("random")), str(card.get("licence", licence))
     if "commercial" in card:
         licence += f"; commercial use {'allowed' if card['commercial'] is True else 'forbidden'}"
     return Weights(
         source=file.name if random else storage.redacted(checkpoint),
-        sha256=_sha256(str(file), stat.st_size, stat.st_mtime_ns),
+        sha256=sha256,
         licence="none (random weights)" if random else licence,
         random=random,
     )
