@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FILE = "model.safetensors"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+INDEX = ".index.json"
+FORMATS = (FILE + INDEX, FILE, "pytorch_model.bin" + INDEX, "pytorch_model.bin")
+"""Under which names transformers has published tensors, the best first; an index names several files."""
 
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _EXPERTS = ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
@@ -35,10 +38,33 @@ _IGNORED = frozenset((*_ATTENTION, *_EXPERTS, "fusion_config", "auto_map"))
 
 def part(checkpoint: str, name: str) -> Path:
     """The local file of this name in a checkpoint; FileNotFoundError when it has none."""
-    if "://" in checkpoint:
-        return weights.resolve(checkpoint.rpartition("/")[0] + "/" + name)
-    local = Path(checkpoint).expanduser()
-    return weights.resolve(str(local.parent) if local.is_file() else checkpoint, name)
+    return weights.beside(checkpoint, name)
+
+
+def weight_files(checkpoint: str) -> list[str]:
+    """The names of the files that hold the tensors of a checkpoint, one or several; safetensors where there are both.
+
+    FileNotFoundError when it has none of `FORMATS`.
+    """
+    own = checkpoint.partition("?")[0].rpartition("/")[2]
+    is_file = Path(checkpoint).expanduser().is_file() or ("://" in checkpoint and bool(own))
+    for name in (own,) if is_file else FORMATS:
+        try:
+            part(checkpoint, name)
+        except FileNotFoundError as error:
+            missing = error
+            continue
+        return _shards(checkpoint, name) if name.endswith(INDEX) else [name]
+    raise FileNotFoundError(f"{checkpoint} has none of {', '.join(FORMATS)}: {missing}") from missing
+
+
+def _shards(checkpoint: str, index: str) -> list[str]:
+    """The files that an index of a checkpoint names, which are beside it."""
+    found = document(checkpoint, index).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    if not names or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+        raise ValueError(f"{index} of {checkpoint}: expected a weight_map of file names, found {found!r:.80}")
+    return names
 
 
 def document(checkpoint: str, name: str) -> dict[str, Any]:
@@ -76,20 +102,23 @@ def network(
     model_class: type[Model],
     who: str,
     *,
-    file: str = FILE,
+    file: str | Sequence[str] = FILE,
     configuration: PreTrainedConfig | None = None,
     unused: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> Model:
     """The network on the CPU for inference, every tensor of it read from the checkpoint and every tensor there used.
 
-    transformers renames what older versions of it have named otherwise, and ties what is tied. `unused` are regular
-    expressions of names in the file that are left out on purpose. float32 unless a `dtype` is given. ValueError lists
-    what is missing, unexpected or of another shape.
+    `file` names the file of the tensors, or several (`weight_files`). transformers renames what older versions of it
+    have named otherwise, and ties what is tied. `unused` are regular expressions of names in the file that are left
+    out on purpose. float32 unless a `dtype` is given. ValueError lists what is missing, unexpected or of another shape.
     """
     from transformers.utils import logging
 
-    state = _checkpoints.read(weights.resolve(checkpoint, file))
+    state: dict[str, Tensor] = {}
+    for name in (file,) if isinstance(file, str) else file:
+        one = weights.resolve(checkpoint, name) if isinstance(file, str) else part(checkpoint, name)
+        state |= _checkpoints.read(one)
     if configuration is None:
         kind: Any = model_class.config_class
         configuration = config(checkpoint, kind)
