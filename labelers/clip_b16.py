@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from dataengine import weights
-from dataengine.labeler import Labeler, Loaded, Staged
+from dataengine.labeler import Labeler, Loaded
 from dataengine.weights import Weights
-from labelers import _checkpoints, _images
+from labelers import _checkpoints, _images, _networks, _openclip
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
     from torch import Tensor
 
 FILE = "open_clip_model.safetensors"
-HEAD_WIDTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,12 @@ class ClipB16(Labeler):
     checkpoint: str = "timm/vit_base_patch16_clip_224.openai"
     normalisation: _images.Normalisation = "imagenet"
     quick_gelu: bool = True
+    # OpenAI trained and published these weights in half precision, which keeps three more bits than bfloat16.
+    precision: _networks.Precision = "float16"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.normalisation not in get_args(_images.Normalisation):
-            raise ValueError(f"clip_b16: expected normalisation imagenet or native, got {self.normalisation!r}")
+        _images.known("clip_b16", self.normalisation)
 
     def weights(self) -> Weights:
         """The published weights, MIT."""
@@ -50,20 +51,17 @@ class ClipB16(Labeler):
 
     def load(self, device: str) -> Loaded:
         """Read the image tower alone and put it on the device."""
-        import torch
-
-        state = _checkpoints.read(weights.resolve(self.checkpoint, FILE), "visual.")
+        state = _checkpoints.read(weights.resolve(self.checkpoint, FILE), _openclip.PREFIX)
         tower = network(state, quick_gelu=self.quick_gelu)
-        tower.to(device)
-        statistics = _images.CLIP if self.normalisation == "native" else _images.IMAGENET
-
-        def label(images: Sequence[Any]) -> list[dict[str, Any]]:
-            with torch.inference_mode():
-                _, tokens = tower(_images.normalised(images, statistics, device))
-                dense = _images.grid(tokens @ tower.proj)
-            return [{"CLIP-B16": features} for features in dense]
-
-        return Staged(lambda sample: _images.squeezed(sample.rgb, tower.image_size[0]), label)
+        side = tower.image_size[0]
+        tower = _networks.placed(tower, device, self.precision, compiled=self.compiled)
+        return _images.featured(
+            lambda pixels: {"CLIP-B16": dense(tower, pixels)},
+            side,
+            _images.statistics(self.normalisation, _images.CLIP),
+            device,
+            _networks.dtype_on(device, self.precision),
+        )
 
     def tiny(self, folder: Path) -> ClipB16:
         """One random block of width 32 in the format of the published checkpoint."""
@@ -71,43 +69,20 @@ class ClipB16(Labeler):
         if not file.exists():
             from safetensors.torch import save_file
 
-            shape = {"width": 32, "layers": 1, "patch": 16, "image": 224, "mlp": 64, "out": 16}
-            state = _checkpoints.randomised(_build(shape, quick_gelu=True).state_dict(), seed=0)
-            save_file({f"visual.{name}": value.half() for name, value in state.items()}, file)
+            shape = _openclip.Shape(side=224, patch=16, width=32, layers=1, mlp=64, out=16)
+            state = _checkpoints.randomised(_openclip.blank(shape, _openclip.Kind()).state_dict(), seed=0)
+            save_file({f"{_openclip.PREFIX}{name}": value.half() for name, value in state.items()}, file)
             weights.mark_random(file, seed=0)
         return replace(self, checkpoint=str(file))
 
 
 def network(state: Mapping[str, Tensor], *, quick_gelu: bool) -> VisionTransformer:
     """The image tower whose tensors these are (named without `visual.`), float32, on the CPU, returning all tokens."""
-    width, _, patch, _ = state["conv1.weight"].shape
-    side = round((state["positional_embedding"].shape[0] - 1) ** 0.5)
-    shape = {
-        "width": width,
-        "layers": _checkpoints.count(state, "transformer.resblocks."),
-        "patch": patch,
-        "image": side * patch,
-        "mlp": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "out": state["proj"].shape[1],
-    }
-    tower = _build(shape, quick_gelu=quick_gelu)
-    tower.load_state_dict(dict(state))
-    return tower
+    return _openclip.tower(state, _openclip.Kind(quick_gelu=quick_gelu), "clip_b16")
 
 
-def _build(shape: Mapping[str, int], *, quick_gelu: bool) -> VisionTransformer:
-    from open_clip.transformer import QuickGELU, VisionTransformer
-    from torch import nn
-
-    tower = VisionTransformer(
-        image_size=shape["image"],
-        patch_size=shape["patch"],
-        width=shape["width"],
-        layers=shape["layers"],
-        heads=max(shape["width"] // HEAD_WIDTH, 1),
-        mlp_ratio=shape["mlp"] / shape["width"],
-        output_dim=shape["out"],
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
-        output_tokens=True,
-    )
-    return tower.eval().requires_grad_(False)
+def dense(tower: VisionTransformer, pixels: Tensor) -> Tensor:
+    """The patch tokens of a normalised batch in the space of the embeddings: (n, rows * cols, out)."""
+    _, tokens = tower(pixels)
+    projected: Tensor = tokens @ tower.proj
+    return projected

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dataengine import weights
-from dataengine.labeler import Labeler, Loaded, Staged
+from dataengine.labeler import Labeler, Loaded
 from dataengine.weights import Weights
-from labelers import _checkpoints, _images
+from labelers import _checkpoints, _images, _networks
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +25,8 @@ class DinoV2(Labeler):
     """The normalised patch tokens and class token of DINOv2: float16 (rows, cols, channels) and (channels,).
 
     (16, 16, 768) and (768,) for ViT-B/14 at `side` 224 pixels. The whole image is squeezed to that square, see
-    `labelers/_images.py`. The checkpoint has the names of the published one; the architecture is read off it.
+    `labelers/_images.py`; ImageNet's statistics, by default, are DINOv2's own. The checkpoint has the names of the
+    published one; the architecture is read off it.
     """
 
     inputs = ("rgb",)
@@ -35,6 +36,13 @@ class DinoV2(Labeler):
 
     checkpoint: str = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
     side: int = 224
+    normalisation: _images.Normalisation = "imagenet"
+    # Trained in half precision by its authors, which keeps three more bits than bfloat16.
+    precision: _networks.Precision = "float16"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        _images.known("dinov2_b14", self.normalisation)
 
     def weights(self) -> Weights:
         """The published weights, Apache-2.0."""
@@ -42,18 +50,20 @@ class DinoV2(Labeler):
 
     def load(self, device: str) -> Loaded:
         """Read the network, fit its positions to `side`, and put it on the device."""
-        import torch
-
         trunk = network(_checkpoints.read(weights.resolve(self.checkpoint)), self.side)
-        trunk.to(device)
+        trunk = _networks.placed(trunk, device, self.precision, compiled=self.compiled)
 
-        def label(images: Sequence[Any]) -> list[dict[str, Any]]:
-            with torch.inference_mode():
-                tokens = trunk.forward_features(_images.normalised(images, _images.IMAGENET, device))
-                dense, cls = _images.grid(tokens[:, 1:]), tokens[:, 0].half().cpu().numpy()
-            return [{"DINOv2-B14": d, "DINOv2-B14-global": c} for d, c in zip(dense, cls, strict=True)]
+        def features(pixels: Tensor) -> dict[str, Tensor]:
+            tokens = trunk(pixels)
+            return {"DINOv2-B14": tokens[:, 1:], "DINOv2-B14-global": tokens[:, 0]}
 
-        return Staged(lambda sample: _images.squeezed(sample.rgb, self.side), label)
+        return _images.featured(
+            features,
+            self.side,
+            _images.statistics(self.normalisation, _images.IMAGENET),
+            device,
+            _networks.dtype_on(device, self.precision),
+        )
 
     def tiny(self, folder: Path) -> DinoV2:
         """Two random blocks of width 16, published for 5 x 5 patches, in the format of the published checkpoint."""
@@ -69,7 +79,13 @@ class DinoV2(Labeler):
 
 
 def network(state: Mapping[str, Tensor], side: int) -> VisionTransformer:
-    """The network whose tensors these are, for square inputs of `side` pixels; float32, on the CPU."""
+    """The network whose tensors these are, for square inputs of `side` pixels; float32, on the CPU.
+
+    It returns all tokens after the last norm, the class token first: (n, 1 + rows * cols, width).
+    """
+    lacking = [name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight") if name not in state]
+    if lacking:
+        raise ValueError(f"dinov2_b14: expected the tensors of a DINOv2, found no {', '.join(lacking)}")
     if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
         raise ValueError("dinov2_b14: expected a checkpoint without registers and SwiGLU (ViT-S, B or L)")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -82,8 +98,9 @@ def network(state: Mapping[str, Tensor], side: int) -> VisionTransformer:
         patch=patch,
         side=side,
     )
+    # Stands for hidden patches in training; nothing is hidden here.
     kept = {name: value for name, value in state.items() if name != "mask_token"}
-    trunk.load_state_dict(kept | {"pos_embed": positions(state["pos_embed"], side // patch)})
+    _networks.fill(trunk, kept | {"pos_embed": positions(state["pos_embed"], side // patch)}, "dinov2_b14")
     return trunk
 
 
@@ -125,6 +142,6 @@ def _build(*, width: int, depth: int, mlp: int, patch: int, side: int) -> Vision
         mlp_ratio=mlp / width,
         init_values=1.0,
         num_classes=0,
-        global_pool="token",
+        global_pool="",  # all tokens
     )
     return trunk.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dataengine.sample import Sample
-from labelers import _checkpoints, _images, clip_b16, dinov2_b14
+from labelers import _checkpoints, _images, _openclip, clip_b16, dinov2_b14
 from labelers.clip_b16 import ClipB16
 from labelers.dinov2_b14 import DinoV2
 
@@ -20,8 +20,8 @@ PHOTOS = [Sample("a", {"rgb": skimage.data.astronaut()}), Sample("b", {"rgb": sk
 
 
 def clip_state() -> dict[str, torch.Tensor]:
-    shape = {"width": 128, "layers": 2, "patch": 16, "image": 64, "mlp": 256, "out": 24}
-    return _checkpoints.randomised(clip_b16._build(shape, quick_gelu=True).state_dict(), seed=1)
+    shape = _openclip.Shape(width=128, layers=2, patch=16, side=64, mlp=256, out=24)
+    return _checkpoints.randomised(_openclip.blank(shape, _openclip.Kind()).state_dict(), seed=1)
 
 
 def transformers_clip(state: dict[str, torch.Tensor], activation: str) -> torch.nn.Module:
@@ -99,9 +99,9 @@ def test_the_published_clip_architecture_is_told_by_its_tensors() -> None:
         config = open_clip.get_model_config("ViT-B-16-quickgelu")
         published = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config["quick_gelu"])
         state = published.state_dict()
-        tower = clip_b16._build(
-            {"width": 768, "layers": 12, "patch": 16, "image": 224, "mlp": 3072, "out": 512}, quick_gelu=True
-        )
+    tower = clip_b16.network(state, quick_gelu=True)
+    assert len(state) == 152
+    assert sum(t.numel() for t in state.values()) == 86_192_640
     assert {n: t.shape for n, t in tower.state_dict().items()} == {n: t.shape for n, t in state.items()}
     ours, theirs = tower.transformer.resblocks[0], published.transformer.resblocks[0]
     assert ours.attn.num_heads == theirs.attn.num_heads == 12
@@ -123,7 +123,15 @@ def test_clip_without_an_image_tower_is_refused(tmp_path: Path) -> None:
     torch.save({"text.a": torch.zeros(1)}, tmp_path / "text.pth")
     with pytest.raises(ValueError, match=r"expected tensors named visual\."):
         ClipB16(checkpoint=str(tmp_path / "text.pth")).load("cpu")
-    with pytest.raises(ValueError, match="imagenet or native"):
+    with pytest.raises(ValueError, match=r"clip_b16: .* found no conv1\.weight"):
+        clip_b16.network({"a": torch.zeros(1)}, quick_gelu=True)
+    other = clip_state() | {"more": torch.zeros(1)}
+    del other["transformer.resblocks.0.ln_1.bias"]
+    with pytest.raises(
+        ValueError, match=r"missing: transformer\.resblocks\.0\.ln_1\.bias.* 1 tensors unexpected: more"
+    ):
+        clip_b16.network(other, quick_gelu=True)
+    with pytest.raises(ValueError, match="imagenet, native, inception, got 'half'"):
         ClipB16(normalisation="half")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,14 @@
+"""Patch features of OpenCLIP ViT-H/14."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dataengine.modalities._features import FeatureGrid
+
+
+class OpenClipH14(FeatureGrid):
+    """The patch tokens of OpenCLIP's image trunk: float16 (16, 16, 1280) at 224 pixels, not normalised."""
+
+    spelling: ClassVar[str] = "OpenCLIP-H14"
+    shape: ClassVar[tuple[int, int, int]] = (16, 16, 1280)

@@ -1,0 +1,14 @@
+"""The global feature of OpenCLIP ViT-H/14."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dataengine.modalities._features import FeatureVector
+
+
+class OpenClipH14Global(FeatureVector):
+    """The class token of OpenCLIP's image trunk (not the embedding of 1024): float16 (1280,), not normalised."""
+
+    spelling: ClassVar[str] = "OpenCLIP-H14-global"
+    width: ClassVar[int] = 1280
