@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labelers import _checkpoints
+import numpy as np
+from PIL import Image
+
+from labelers import _checkpoints, _networks, _sam_encoder
+from labelers._sam_decoder import Decoder, Layer, Parts, Shared
+from labelers._sam_generator import Prepared
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -112,8 +117,111 @@ def build(shape: Shape) -> Sam:
 def network(state: Mapping[str, Tensor]) -> Sam:
     """The network whose tensors these are, on the CPU; strict but for the pixel statistics, which are constants."""
     out = build(shape_of(state))
-    out.load_state_dict({name: value for name, value in state.items() if not name.startswith("pixel_")})
+    _networks.fill(out, {name: value for name, value in state.items() if not name.startswith("pixel_")}, "sam")
     return out
+
+
+class Predictor:
+    """The network as the generator of masks asks it; the longest side of an image fits its input, the rest is 0."""
+
+    def __init__(
+        self, network: Sam, device: str, precision: _networks.Precision = "float32", *, compiled: bool = False
+    ) -> None:
+        _sam_encoder.fuse(network.image_encoder)
+        network.to(device)
+        self.device = device
+        self.dtype = _networks.dtype_on(device, precision)
+        self.encoder = _networks.placed(network.image_encoder, device, precision, compiled=compiled)
+        self.side = int(network.image_encoder.img_size)
+        self.codes = network.prompt_encoder.pe_layer
+        self.decoder = Decoder(_parts(network), self.dtype)
+
+    def prepare(self, rgb: np.ndarray) -> Prepared:
+        """Resized by Pillow's antialiased bilinear filter, as the package does."""
+        height, width = (int(n * (self.side / max(rgb.shape[:2])) + 0.5) for n in rgb.shape[:2])
+        resized = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
+        return Prepared(np.asarray(resized), rgb.shape[:2])
+
+    def encode(self, batch: Sequence[Prepared]) -> Shared:
+        """Normalise on the device, with zeros below and right of an image, and encode."""
+        import torch
+
+        canvas = torch.zeros(len(batch), self.side, self.side, 3, dtype=torch.uint8)
+        for square, image in zip(canvas.numpy(), batch, strict=True):
+            square[: image.pixels.shape[0], : image.pixels.shape[1]] = image.pixels
+        if self.device.startswith("cuda"):
+            canvas = canvas.pin_memory().to(self.device, non_blocking=True)
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+        pixels = (canvas.permute(0, 3, 1, 2) - mean) / std
+        for square, image in zip(pixels, batch, strict=True):
+            square[:, image.pixels.shape[0] :] = 0
+            square[:, :, image.pixels.shape[1] :] = 0
+        return self.decoder.share(self.encoder(pixels.to(self.dtype)))
+
+    def places(self, points: np.ndarray, image: Prepared) -> np.ndarray:
+        """The centres of the pixels, by the scale of each axis after rounding."""
+        (height, width), (h, w) = image.pixels.shape[:2], image.size
+        placed: np.ndarray = (points * (width / w, height / h) + 0.5) / self.side
+        return placed
+
+    def code(self, places: Tensor) -> Tensor:
+        """Sines and cosines of random waves."""
+        codes: Tensor = self.codes._pe_encoding(places)
+        return codes
+
+    def enlarge(self, logits: Tensor, image: Prepared) -> Tensor:
+        """To the size of the input, without what was added to the image, then to that of the image."""
+        import torch.nn.functional as F
+
+        (height, width), side = image.pixels.shape[:2], logits.shape[-1]
+        factor = self.side // side
+        if factor * side == self.side:
+            # Only the part that is kept, and one further row and column, which its last pixels look at.
+            rows, columns = (min(-(-n // factor) + 1, side) for n in (height, width))
+            logits = F.interpolate(logits[None, :, :rows, :columns], scale_factor=float(factor), mode="bilinear")
+        else:
+            logits = F.interpolate(logits[None], (self.side, self.side), mode="bilinear")
+        logits = logits[..., :height, :width]
+        if image.size != (height, width):
+            logits = F.interpolate(logits, image.size, mode="bilinear")
+        return logits[0]
+
+
+def _parts(network: Sam) -> Parts:
+    import torch
+
+    prompts, decoder = network.prompt_encoder, network.mask_decoder
+    two_way = decoder.transformer
+    return Parts(
+        layers=[
+            Layer(
+                self_attention=layer.self_attn,
+                norm1=layer.norm1,
+                to_image=layer.cross_attn_token_to_image,
+                norm2=layer.norm2,
+                mlp=layer.mlp,
+                norm3=layer.norm3,
+                from_image=layer.cross_attn_image_to_token,
+                norm4=layer.norm4,
+            )
+            for layer in two_way.layers
+        ],
+        final=two_way.final_attn_token_to_image,
+        final_norm=two_way.norm_final_attn,
+        num_heads=two_way.num_heads,
+        tokens=torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]),
+        score=0,
+        first_mask=1,
+        score_head=decoder.iou_prediction_head,
+        hypernetworks=list(decoder.output_hypernetworks_mlps),
+        upscale1=decoder.output_upscaling[0],
+        upscale_norm=decoder.output_upscaling[1],
+        upscale2=decoder.output_upscaling[3],
+        position=prompts.get_dense_pe()[0],
+        no_mask=prompts.no_mask_embed.weight[0],
+        point=prompts.point_embeddings[1].weight[0],
+        no_point=prompts.not_a_point_embed.weight[0],
+    )
 
 
 def random_state(seed: int) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dataengine import weights
-from dataengine.labeler import Labeler, Loaded
+from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.sample import Sample
 from dataengine.weights import Weights
-from labelers import _checkpoints, _sam
+from labelers import _checkpoints, _networks, _sam, _sam_encoder
+from labelers._sam_generator import Generator, Prepared, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class Sam(Labeler):
     overlap: parts and wholes are both there.
 
     The settings and their defaults are those of the package's automatic mask generator, which 4M-21 queries with
-    32 x 32 points. ViT-B, L and H are told apart by their tensors.
+    32 x 32 points; in float32 the same masks are kept. ViT-B, L and H are told apart by their tensors. With crops
+    (`crop_n_layers`) or small regions to fill (`min_mask_region_area`) the package's own generator runs, image by image
+    and in float32 whatever `precision` says.
     """
 
     inputs = ("rgb",)
@@ -44,6 +47,8 @@ class Sam(Labeler):
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
+    precision: _networks.Precision = "bfloat16"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.points_per_side < 1 or self.points_per_batch < 1:
@@ -57,11 +62,36 @@ class Sam(Labeler):
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""
         import torch
+
+        network = _sam.network(_checkpoints.read(weights.resolve(self.checkpoint)))
+        if self.crop_n_layers > 0 or self.min_mask_region_area > 0:
+            return self._by_the_package(network, device)
+        predictor = _sam.Predictor(network, device, self.precision, compiled=self.compiled)
+        generator = Generator(
+            predictor,
+            Settings(
+                points_per_side=self.points_per_side,
+                points_per_batch=self.points_per_batch,
+                pred_iou_thresh=self.pred_iou_thresh,
+                stability_score_thresh=self.stability_score_thresh,
+                stability_score_offset=self.stability_score_offset,
+                box_nms_thresh=self.box_nms_thresh,
+            ),
+        )
+
+        def label(images: Sequence[Prepared]) -> list[dict[str, Any]]:
+            with torch.inference_mode():
+                return [{"sam_instance": _sam.records(found)} for found in generator(images)]
+
+        return Staged(lambda sample: predictor.prepare(sample.rgb), label)
+
+    def _by_the_package(self, network: Any, device: str) -> Loaded:
+        import torch
         from segment_anything import SamAutomaticMaskGenerator
 
-        network = _sam.network(_checkpoints.read(weights.resolve(self.checkpoint))).to(device)
+        _sam_encoder.fuse(network.image_encoder)
         generator = SamAutomaticMaskGenerator(
-            network,
+            network.to(device),
             points_per_side=self.points_per_side,
             points_per_batch=self.points_per_batch,
             pred_iou_thresh=self.pred_iou_thresh,

@@ -1,0 +1,183 @@
+"""Masks of everything in an image: the package's automatic mask generator beside ours, on the same images and weights.
+
+The weights are random, so their thresholds are set to quantiles of what the network says: a third of the masks passes
+by its score, as many of them by stability that `KEPT` of all pass both, and no duplicates are suppressed. On a GPU
+the network is ViT-H and ours runs once in float32 and once in bfloat16; on a CPU a reduced image encoder of the same
+input stands in for ViT-H, under the full decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks._null import photograph
+from labelers import _checkpoints, _sam
+from labelers._sam_generator import Generator, Settings, point_grid
+
+KEPT = 0.07
+"""Of all masks of all points, those that pass both thresholds; with published weights it is 5 to 10 %."""
+PASSED = 0.35
+"""Of all masks, those that pass by their score alone."""
+NO_DUPLICATES = 1.0
+"""Masks of a random network all span the image: the suppression by boxes would leave one, so none is suppressed."""
+SMALL = _sam.Shape(width=192, depth=4, heads=3, mlp=768, global_blocks=(3,))
+"""The image encoder on a CPU: windows of 14 as in ViT-H, 1/600 of its work."""
+
+Masks = Sequence[dict[str, Any]]
+
+
+def network(shape: _sam.Shape, seed: int = 0) -> Any:
+    """A random network, its masks neither empty nor full and its scores apart from each other."""
+    built = _sam.build(shape)
+    state = _checkpoints.randomised(built.state_dict(), seed, scale=1.5)
+    built.load_state_dict(state)
+    return built
+
+
+def thresholds(net: Any, images: Sequence[np.ndarray], settings: Settings) -> Settings:
+    """These settings with thresholds such that `PASSED` and `KEPT` of the masks pass, none of them near a threshold."""
+    import torch
+    from segment_anything import SamPredictor
+    from segment_anything.utils.amg import calculate_stability_score
+
+    scores, stability = [], []
+    with torch.inference_mode():
+        for rgb in images:
+            predictor = SamPredictor(net)
+            predictor.set_image(rgb)
+            points = predictor.transform.apply_coords(point_grid(4) * rgb.shape[1::-1], rgb.shape[:2])
+            asked = torch.as_tensor(points, device=predictor.device)[:, None]
+            ones = torch.ones(len(asked), 1, dtype=torch.int, device=predictor.device)
+            masks, found, _ = predictor.predict_torch(asked, ones, return_logits=True)
+            scores.append(found.flatten())
+            stability.append(calculate_stability_score(masks.flatten(0, 1), 0.0, settings.stability_score_offset))
+    flat, steady = torch.cat(scores), torch.cat(stability).nan_to_num(0.0)
+    score = float(flat.quantile(1 - PASSED))
+    steadiness = float(steady[flat > score].quantile(1 - KEPT / PASSED))
+    return replace(settings, pred_iou_thresh=score, stability_score_thresh=steadiness)
+
+
+def matched_iou(found: Masks, expected: Masks) -> float:
+    """How well two sets of masks agree: the mean IoU of masks matched one to one, 0 for each without a partner.
+
+    Masks are matched greedily, the best pairs first. 1.0 for two empty sets; symmetric.
+    """
+    from pycocotools import mask as coco_mask
+
+    if not found or not expected:
+        return float(len(found) == len(expected))
+    sides = [[m["segmentation"] for m in masks] for masks in (found, expected)]
+    lengths = [[{"size": m["size"], "counts": m["counts"].encode()} for m in side] for side in sides]
+    ious = coco_mask.iou(*lengths, [0] * len(expected))
+    total = 0.0
+    for i, j in zip(*np.unravel_index(np.argsort(-ious, axis=None, kind="stable"), ious.shape), strict=True):
+        if ious[i, j] > 0:
+            total += float(ious[i, j])
+            ious[i, :], ious[:, j] = 0, 0
+    return total / max(len(found), len(expected))
+
+
+def same_set(found: Masks, expected: Masks, tolerance: float = 1e-4) -> bool:
+    """Whether both hold the masks of the same points, of the same boxes and scores, up to rounding.
+
+    Pixels where the network is undecided to the last bits of float32 may differ: 1 in 10,000 of a mask.
+    """
+    if len(found) != len(expected):
+        return False
+
+    def order(mask: dict[str, Any]) -> Any:
+        return (mask["point_coords"], round(mask["predicted_iou"], 4), mask["area"])
+
+    for one, other in zip(sorted(found, key=order), sorted(expected, key=order), strict=True):
+        if one["point_coords"] != other["point_coords"] or matched_iou([one], [other]) < 1 - tolerance:
+            return False
+        if abs(one["predicted_iou"] - other["predicted_iou"]) > 1e-4:
+            return False
+        if np.abs(np.subtract(one["bbox"], other["bbox"])).max() > 1:
+            return False
+    return True
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Images a second of both, their ratio, and the work saved; AssertionError when they keep different masks."""
+    import torch
+    from segment_anything import SamAutomaticMaskGenerator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    large = device == "cuda"
+    side, count = (16, 8) if large and quick else (32, 32) if large else (8, 2) if quick else (16, 2)
+    shape = _sam.Shape() if large else replace(SMALL, image=512) if quick else SMALL
+    sizes = [(shape.image * 3 // 4, shape.image), (shape.image // 2, shape.image * 3 // 8)]
+    images = [photograph(i, sizes[i % 2]) for i in range(count)]
+    net = network(shape).to(device)
+    settings = Settings(side, 64, 0.0, 0.0, 1.0, NO_DUPLICATES)
+    settings = thresholds(net, images[:2], settings)
+    stock = SamAutomaticMaskGenerator(net, output_mode="coco_rle", **asdict(settings))
+    expected, seconds = _timed(lambda: [stock.generate(rgb) for rgb in images], device)
+    masks = 3 * side**2
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if large else f"CPU, {torch.get_num_threads()} threads",
+        "network": "ViT-H" if large else "ViT of width 192 and depth 4, full decoder",
+        "input": shape.image,
+        "images": count,
+        "points": side**2,
+        "thresholds": {"score": settings.pred_iou_thresh, "stability": settings.stability_score_thresh},
+        "masks_an_image_stock": float(np.mean([len(e) for e in expected])),
+        "stock": {
+            "images_per_second": count / seconds,
+            "decoder_calls": count * -(-(side**2) // settings.points_per_batch),
+            "points_drawn": count * side**2,
+            "masks_upsampled": count * masks,
+        },
+    }
+    for precision in ("float32", "bfloat16") if large else ("float32",):
+        ours = _Ours(net, settings, device, precision)
+        found, seconds = _timed(lambda run=ours: run(images, 8 if large else 4), device)
+        agreement = float(np.mean([matched_iou(f, e) for f, e in zip(found, expected, strict=True)]))
+        if precision == "float32":
+            same = [same_set(f, e) for f, e in zip(found, expected, strict=True)]
+            assert all(same), f"{same.count(False)} of {count} images kept other masks; matched IoU {agreement}"
+        figures[f"ours_{precision}"] = {
+            "images_per_second": count / seconds,
+            "ratio": count / seconds / figures["stock"]["images_per_second"],
+            "matched_iou": agreement,
+            "kept_sets_equal": precision == "float32",
+            "passed_of_all": ours.generator.work["masks_passed"] / (count * masks),
+            **{k: ours.generator.work[k] for k in ("decoder_calls", "points_drawn", "masks_upsampled")},
+        }
+    return figures
+
+
+class _Ours:
+    def __init__(self, net: Any, settings: Settings, device: str, precision: Any) -> None:
+        self.predictor = _sam.Predictor(copy.deepcopy(net), device, precision)
+        self.generator = Generator(self.predictor, settings)
+
+    def __call__(self, images: Sequence[np.ndarray], batch: int) -> list[list[dict[str, Any]]]:
+        import torch
+
+        self.generator.work.clear()
+        with torch.inference_mode():
+            prepared = [self.predictor.prepare(rgb) for rgb in images]
+            parts = [self.generator(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
+        return [masks for part in parts for masks in part]
+
+
+def _timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """What it returns and how long it took, after a first run on a GPU, which chooses kernels."""
+    import torch
+
+    if device == "cuda":
+        run()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    out = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return out, time.perf_counter() - began
