@@ -74,10 +74,18 @@ def test_each_image_is_labelled_for_itself(labeler: Labeler) -> None:
         modality = modalities.load(name)
         for one, other in zip(together, backwards, strict=True):
             a, b = modality.decode(modality.encode(one[name])), modality.decode(modality.encode(other[name]))
-            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
-                np.testing.assert_allclose(a, b, atol=2e-2, rtol=2e-2)
-            else:
-                np.testing.assert_equal(a, b)
+            assert_close(a, b)
+
+
+def assert_close(a: Any, b: Any) -> None:
+    if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+        np.testing.assert_allclose(a, b, atol=2e-2, rtol=2e-2)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert_close(a[name], b[name])
+    else:
+        np.testing.assert_equal(a, b)
 
 
 def test_settings_are_frozen_hashable_and_picklable(labeler: Labeler) -> None:
