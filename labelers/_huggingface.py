@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from dataengine import weights
 from labelers import _checkpoints
 
@@ -105,16 +107,17 @@ def network(
     file: str | Sequence[str] = FILE,
     configuration: PreTrainedConfig | None = None,
     unused: Sequence[str] = (),
+    idle: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> Model:
     """The network on the CPU for inference, every tensor of it read from the checkpoint and every tensor there used.
 
     `file` names the file of the tensors, or several (`weight_files`). transformers renames what older versions of it
-    have named otherwise, and ties what is tied. `unused` are regular expressions of names in the file that are left
-    out on purpose. float32 unless a `dtype` is given. ValueError lists what is missing, unexpected or of another shape.
+    have named otherwise, and ties what is tied. Regular expressions name what differs on purpose: `unused` tensors of
+    the file that the network does not need, `idle` tensors of the network that its output does not depend on and that
+    the file may lack. float32 unless a `dtype` is given. ValueError lists what is missing, unexpected or of another
+    shape.
     """
-    from transformers.utils import logging
-
     state: dict[str, Tensor] = {}
     for name in (file,) if isinstance(file, str) else file:
         one = weights.resolve(checkpoint, name) if isinstance(file, str) else part(checkpoint, name)
@@ -122,24 +125,48 @@ def network(
     if configuration is None:
         kind: Any = model_class.config_class
         configuration = config(checkpoint, kind)
-    logging.disable_progress_bar()
-    return _filled(model_class, configuration, _kept(state, unused), who, dtype)
+    state = {name: value for name, value in state.items() if not any(re.search(pattern, name) for pattern in unused)}
+    return _filled(model_class, configuration, state, idle, who, dtype)
 
 
-def save_tiny(model: PreTrainedModel, folder: Path, seed: int, *, scale: float = 1.0) -> Path:
-    """Write a network with seeded random tensors as transformers publishes it, and mark it random: the weights file.
+def resized(rgb: np.ndarray, height: int, width: int, resample: int = 2) -> np.ndarray:
+    """An image uint8 (h, w, 3) at another size as transformers' image processors make it: torchvision's, antialiased.
 
-    Buffers keep their values. A folder that holds one already is left as it is.
+    `resample` is Pillow's number, as `preprocessor_config.json` states it: 2 bilinear, 3 bicubic.
     """
     import torch
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    modes = {0: InterpolationMode.NEAREST_EXACT, 2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC}
+    if resample not in modes:
+        raise ValueError(f"expected resample 0, 2 or 3, got {resample!r}")
+    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    out = functional.resize(pixels, [height, width], interpolation=modes[resample], antialias=True)
+    made: np.ndarray = out.permute(1, 2, 0).contiguous().numpy()
+    return made
+
+
+def save_tiny(model: PreTrainedModel, folder: Path, seed: int, *, scale: float = 1.0, idle: Sequence[str] = ()) -> Path:
+    """Write a network with seeded random tensors as transformers publishes it, and mark it random: the weights file.
+
+    Buffers and frozen parameters keep their values, `idle` tensors (see `network`) are left out. A folder that holds a
+    network already is left as it is.
+    """
+    import torch
+    from transformers.utils import logging
 
     file = folder / FILE
     if not file.exists():
-        tensors = _checkpoints.randomised(dict(model.named_parameters()), seed, scale)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[name])
-        model.save_pretrained(folder)
+            for name, value in _checkpoints.randomised(trained, seed, scale).items():
+                trained[name].copy_(value)
+        state = {n: v for n, v in model.state_dict().items() if not any(re.search(pattern, n) for pattern in idle)}
+        logging.disable_progress_bar()
+        model.save_pretrained(folder, state_dict=state)
         weights.mark_random(file, seed)
     return file
 
@@ -148,23 +175,33 @@ def _filled(
     model_class: type[Model],
     configuration: PreTrainedConfig,
     state: dict[str, Tensor],
+    idle: Sequence[str],
     who: str,
     dtype: torch.dtype | None,
 ) -> Model:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     build: Any = model_class.from_pretrained
-    model, report = build(
-        None,
-        config=configuration,
-        state_dict=state,
-        dtype=dtype or torch.float32,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        output_loading_info=True,
-    )
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what did not fit; ours is the one below
+    try:
+        model, report = build(
+            None,
+            config=configuration,
+            state_dict=state,
+            dtype=dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(level)
     complaints = []
     for what in ("missing", "unexpected"):
         found = sorted(report[f"{what}_keys"])
+        if what == "missing":
+            found = [name for name in found if not any(re.search(pattern, name) for pattern in idle)]
         if found:
             complaints.append(f"{len(found)} tensors {what}: {', '.join(found[:5])}{', ...' * (len(found) > 5)}")
     reshaped = [
@@ -178,10 +215,6 @@ def _filled(
         raise ValueError(f"{who}: the checkpoint is not that of this network: {'; '.join(complaints)}")
     filled: Model = model.eval().requires_grad_(False)
     return filled
-
-
-def _kept(state: dict[str, Tensor], unused: Sequence[str]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not any(re.search(pattern, name) for pattern in unused)}
 
 
 def _without(found: Any, names: frozenset[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -58,6 +59,17 @@ def dtype_on(device: str, precision: Precision) -> torch.dtype:
         raise ValueError(f"expected precision {', '.join(get_args(Precision))}, got {precision!r}")
     found: torch.dtype = getattr(torch, precision) if device.startswith("cuda") else torch.float32
     return found
+
+
+def autocast(device: str, precision: Precision) -> AbstractContextManager[None]:
+    """Matrix products and convolutions in a precision on a GPU, everything else, coordinates above all, in float32.
+
+    For networks that compute where to look: bfloat16 tells no positions closer than 1/256 of the image apart.
+    """
+    import torch
+
+    dtype = dtype_on(device, precision)
+    return torch.autocast("cuda", dtype=dtype) if dtype != torch.float32 else nullcontext()
 
 
 def require(who: str, package: str, extra: str) -> Any:
