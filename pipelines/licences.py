@@ -63,6 +63,8 @@ PUBLISHED = {
     "city96/t5-v1_1-xxl-encoder-bf16": "Apache-2.0",
     "florence-community/Florence-2-large": "MIT",
     "florence-community/Florence-2-base": "MIT",
+    "https://people.eecs.berkeley.edu/~jathushan/projects/4dhumans/hmr2_data.tar.gz": "MIT (code), research (SMPL)",
+    "usyd-community/vitpose-base-simple": "Apache-2.0",
     "facebook/mask2former-swin-base-coco-panoptic": "CC-BY-NC-4.0",
     "tue-mps/coco_panoptic_eomt_large_640": "MIT",
     "ustc-community/dfine-xlarge-obj2coco": "Apache-2.0",
