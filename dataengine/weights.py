@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,14 @@ def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> W
     return _described(checkpoint, file, _hashed(file), licence)
 
 
-def describe_folder(checkpoint: str, filenames: Sequence[str], *, licence: str) -> Weights:
+def describe_folder(checkpoint: str, filenames: Iterable[str], *, licence: str) -> Weights:
     """Hash and describe a checkpoint of several files, as `describe` does one; the card is that of the first.
 
     The hash is that of the lines of `sha256sum`: any file that changes, and any other name, changes it.
     """
-    files = [beside(checkpoint, name) for name in filenames]
-    lines = "".join(f"{_hashed(file)}  {name}\n" for name, file in zip(filenames, files, strict=True))
-    return _described(checkpoint, files[0], hashlib.sha256(lines.encode()).hexdigest(), licence)
+    files = {name: beside(checkpoint, name) for name in filenames}
+    lines = "".join(f"{_hashed(file)}  {name}\n" for name, file in files.items())
+    return _described(checkpoint, next(iter(files.values())), hashlib.sha256(lines.encode()).hexdigest(), licence)
 
 
 def beside(checkpoint: str, filename: str) -> Path:

@@ -50,14 +50,26 @@ def weight_files(checkpoint: str) -> list[str]:
     """
     own = checkpoint.partition("?")[0].rpartition("/")[2]
     is_file = Path(checkpoint).expanduser().is_file() or ("://" in checkpoint and bool(own))
-    for name in (own,) if is_file else FORMATS:
+    name, _ = first_part(checkpoint, (own,) if is_file else FORMATS)
+    return _shards(checkpoint, name) if name.endswith(INDEX) else [name]
+
+
+def first_part(checkpoint: str, names: Sequence[str]) -> tuple[str, Path]:
+    """The first of some names that a checkpoint has, and its local file; FileNotFoundError when it has none of them.
+
+    A hub that cannot be reached or refuses is asked once, not once a name.
+    """
+    from huggingface_hub import errors
+
+    for name in names:
         try:
-            part(checkpoint, name)
+            return name, part(checkpoint, name)
         except FileNotFoundError as error:
             missing = error
-            continue
-        return _shards(checkpoint, name) if name.endswith(INDEX) else [name]
-    raise FileNotFoundError(f"{checkpoint} has none of {', '.join(FORMATS)}: {missing}") from missing
+            refused = isinstance(error.__cause__, errors.LocalEntryNotFoundError | errors.RepositoryNotFoundError)
+            if refused and not weights.offline():
+                raise
+    raise FileNotFoundError(f"{checkpoint} has none of {', '.join(names)}: {missing}") from missing
 
 
 def _shards(checkpoint: str, index: str) -> list[str]:

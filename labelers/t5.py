@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,7 @@ class T5(Labeler):
 
     def weights(self) -> Weights:
         """The published weights with their tokenizer and configuration, Apache-2.0."""
-        files = [*_huggingface.weight_files(self.checkpoint), _huggingface.CONFIG, _tokenizer_file(self.checkpoint)[0]]
-        return weights.describe_folder(self.checkpoint, files, licence="Apache-2.0")
+        return weights.describe_folder(self.checkpoint, _files(self.checkpoint), licence="Apache-2.0")
 
     def load(self, device: str) -> Loaded:
         """Read the encoder alone and put it on the device."""
@@ -96,6 +95,13 @@ class T5(Labeler):
             shape = T5Config.from_dict({**sizes, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
             _huggingface.save_tiny(T5ForConditionalGeneration(shape), own, seed=0)
         return replace(self, checkpoint=str(own / _huggingface.FILE))
+
+
+def _files(checkpoint: str) -> Iterator[str]:
+    """The names of all files that decide what the encoder says of a caption, looked for when asked."""
+    yield from _huggingface.weight_files(checkpoint)
+    yield _huggingface.CONFIG
+    yield _huggingface.first_part(checkpoint, TOKENIZERS)[0]
 
 
 def encoder(checkpoint: str, dtype: Any = None) -> T5EncoderModel:
@@ -166,20 +172,10 @@ def _padded(captions: Sequence[np.ndarray], width: int) -> dict[str, np.ndarray]
     return {"emb": emb, "mask_valid": mask}
 
 
-def _tokenizer_file(checkpoint: str) -> tuple[str, Path]:
-    """The name and the local file of the tokenizer; FileNotFoundError when a checkpoint has none."""
-    for name in TOKENIZERS:
-        try:
-            return name, _huggingface.part(checkpoint, name)
-        except FileNotFoundError as error:
-            missing = error
-    raise FileNotFoundError(f"{checkpoint} has neither {' nor '.join(TOKENIZERS)}: {missing}") from missing
-
-
 def _tokenizer(checkpoint: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    name, file = _tokenizer_file(checkpoint)
+    name, file = _huggingface.first_part(checkpoint, TOKENIZERS)
     if name == "tokenizer.json":
         try:
             return Tokenizer.from_file(str(file))

@@ -69,10 +69,11 @@ def published() -> list[tuple[str, Any]]:
 def test_every_labeler_has_a_known_licence_and_claims_the_same(
     name: str, labeler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def claimed(checkpoint: str, filename: str | None = None, *, licence: str) -> Weights:
+    def claimed(checkpoint: str, files: object = None, *, licence: str) -> Weights:
         return Weights(checkpoint, "", licence, False)
 
     monkeypatch.setattr(weights, "describe", claimed)
+    monkeypatch.setattr(weights, "describe_folder", claimed)
     assert PUBLISHED[labeler.checkpoint] == labeler.weights().licence
 
 

@@ -270,7 +270,7 @@ def test_every_file_of_a_checkpoint_is_hashed(labeler: T5, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "neither tokenizer.json nor spiece.model"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "none of tokenizer.json, spiece.model"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "expected a tokenizer"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "expected model_type 't5'"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "has none of model.safetensors.index.json"),
