@@ -19,11 +19,15 @@ TRUNCATE = 4.0
 
 
 def boxes_of(det: dict[str, Any], size: tuple[int, int], min_score: float) -> np.ndarray:
-    """float32 (n, 4): x0 y0 x1 y1 in pixels of an image of (h, w), of the persons with a score above `min_score`."""
+    """float32 (n, 4): x0 y0 x1 y1 in pixels of an image of (h, w), of the persons with a score above `min_score`.
+
+    Boxes that have no area in hundredths of a pixel, as which they are written, are left out.
+    """
     height, width = size
     shares = [i["boxes"] for i in det["instances"] if i["class_name"] == "person" and i["score"] > min_score]
     boxes = np.array(shares, dtype=np.float64).reshape(-1, 4) * (width, height, width, height)
-    return boxes.astype(np.float32)
+    written = boxes.round(2)
+    return boxes[(written[:, :2] < written[:, 2:]).all(axis=1)].astype(np.float32)
 
 
 def side_of(box: np.ndarray) -> np.float32:

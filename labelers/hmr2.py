@@ -74,7 +74,6 @@ class Hmr2(Labeler):
 
         def prepare(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
             boxes = _persons.boxes_of(sample.values["det"], sample.size, self.min_score)
-            boxes = boxes[[_area(box) for box in boxes]]
             return boxes, np.array([_persons.crop(sample.rgb, box) for box in boxes], dtype=np.float32)
 
         def label(prepared: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
@@ -137,11 +136,6 @@ def unpacked(file: Path) -> Path:
 def _is_gzip(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(2) == b"\x1f\x8b"
-
-
-def _area(box: np.ndarray) -> bool:
-    x0, y0, x1, y1 = np.round(box.astype(np.float64), 2)
-    return bool(x0 < x1 and y0 < y1)
 
 
 def _bodies(
