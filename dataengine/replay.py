@@ -162,7 +162,7 @@ def _difference(dataset: Dataset, scratch: Dataset, record: Commit, again: Commi
         if old.data == new.data:
             continue
         num_differ += 1
-        for a, b in _arrays(codec.decode(old.data), codec.decode(new.data)):
+        for a, b in arrays(codec.decode(old.data), codec.decode(new.data)):
             apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
             num_values += apart.size
             num_values_differ += int(np.count_nonzero(~(apart == 0)))  # a nan differs
@@ -171,14 +171,14 @@ def _difference(dataset: Dataset, scratch: Dataset, record: Commit, again: Commi
     return Difference(len(there), num_differ, num_values, num_values_differ, largest, validity)
 
 
-def _arrays(old: Any, new: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def arrays(old: Any, new: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pairs of numeric arrays of one shape in two values, however they are nested."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old.keys() & new.keys():
-            yield from _arrays(old[name], new[name])
+            yield from arrays(old[name], new[name])
     elif isinstance(old, list) and isinstance(new, list) and not _numeric(old):
         for a, b in zip(old, new, strict=False):
-            yield from _arrays(a, b)
+            yield from arrays(a, b)
     elif _numeric(old) and _numeric(new) and np.shape(old) == np.shape(new):
         yield np.atleast_1d(old), np.atleast_1d(new)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -303,8 +304,6 @@ def inspect(
     samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 24,
 ) -> None:
     """Write one self-contained HTML page: samples x modalities, commits, quarantine, provenance."""
-    from pathlib import Path
-
     from pipelines import look, page
 
     dataset = Dataset(root)
@@ -315,10 +314,38 @@ def inspect(
 
 @app.command()
 @exits
-def doctor(as_json: Json = False) -> None:
-    """What this machine can run: Ray, GPUs, weights found, licences, rival packages."""
+def doctor(
+    what: Annotated[str, typer.Argument(help="labelers: load each and measure it; without it, an overview.")] = "",
+    names: Annotated[list[str] | None, typer.Argument(help="Which labelers; all when none is named.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="On random checkpoints of a few kilobytes.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the weights that are not here.")] = False,
+    golden: Annotated[
+        Path | None, typer.Option(help="Folder of outputs to compare with; those not there yet are kept in it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """What this machine can run: Ray, GPUs, weights found, licences, rival packages.
+
+    `doctor labelers [NAME ...]` loads each and prints its weights or how to get them, licence, load time, size, memory,
+    images/s by batch, and whether its outputs are valid. It ends with 4 when one that is named cannot run.
+    """
+    from pipelines import checkup, label
     from pipelines import doctor as doctors
 
+    if what == "labelers":
+        where, found = label.pick_device(device), []
+        for one in checkup.checkups(names or [], where, tiny=tiny, download=download, golden=golden):
+            found.append(one)
+            if not as_json:
+                checkup.show(one)
+        if as_json:
+            say([f.as_json() for f in found], True, "")
+        if any(f.outcome == "failed" or (names and f.outcome != "ready") for f in found):
+            raise typer.Exit(4)
+        return
+    if what:
+        raise ValueError(f"doctor {what}: expected `doctor`, or `doctor labelers [NAME ...]`")
     report = doctors.examine()
     if as_json:
         say(report, True, "")

@@ -17,8 +17,8 @@ from pipelines.running import Runner, TooManyBad, console
 
 EXIT_CODES = """
 Exit codes: 0 all that was wanted is committed; 1 an unexpected error; 2 a wrong command, setting or input;
-3 more failures than --max-bad-fraction; 4 verify found something; 5 a conflict with what is committed already;
-6 some shards could not be done, all others are; 7 stopped by a signal, to be run again."""
+3 more failures than --max-bad-fraction; 4 verify or doctor found something; 5 a conflict with what is committed
+already; 6 some shards could not be done, all others are; 7 stopped by a signal, to be run again."""
 
 app = typer.Typer(
     name="dataengine",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import psutil
@@ -77,16 +79,24 @@ def _labelers() -> dict[str, str]:
 
 def _weights(labeler: Labeler) -> str:
     """Whether the published weights are on this machine; nothing is downloaded to find out."""
+    try:
+        with no_downloads():
+            weights = labeler.weights()
+    except FileNotFoundError as error:
+        return "; ".join(["weights not found", str(error), *([labeler.gate] if labeler.gate else [])])
+    assert weights is not None
+    return f"{weights.source}, {weights.licence}, sha256 {weights.sha256[:16]}"
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Nothing is fetched within it: what is not on this machine is not found."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        weights = labeler.weights()
-    except FileNotFoundError as error:
-        return f"weights not found: {error}"
+        yield
     finally:
         if before is None:
             del os.environ["HF_HUB_OFFLINE"]
         else:
             os.environ["HF_HUB_OFFLINE"] = before
-    assert weights is not None
-    return f"{weights.source}, {weights.licence}, sha256 {weights.sha256[:16]}"

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,9 +125,16 @@ def measure(labeler: Labeler, samples: Sequence[Sample], device: str) -> Measure
 
 
 def measure_and_label(
-    labeler: Labeler, samples: Sequence[Sample], device: str, memory: Memory | None = None
+    labeler: Labeler,
+    samples: Sequence[Sample],
+    device: str,
+    memory: Memory | None = None,
+    loaded: Callable[[Loaded], None] | None = None,
 ) -> tuple[Measured, list[dict[str, Any]]]:
-    """The measurement, and the outputs for the samples; an empty dict for one that could not be labelled."""
+    """The measurement, and the outputs for the samples; an empty dict for one that could not be labelled.
+
+    `loaded` gets to see the loaded labeler once it is warm, before its batches are measured.
+    """
     memory = memory or memory_of(device)
     before, began = memory.used(), time.perf_counter()
     with threadpool_limits(limits=1):
@@ -137,6 +144,8 @@ def measure_and_label(
         outputs = _outputs(labeler, call, samples)
         good = [s for s, output in zip(samples, outputs, strict=True) if output]
         warmup = (time.perf_counter() - began) / len(samples)
+        if loaded is not None:
+            loaded(call)
         batches, full_at = _grow(call, good, memory)
         busy = _busy(call, _batch(good, batches[-1].size), batches[-1].seconds, device)
         sizes, encode_seconds = _encoded(labeler, [o for o in outputs if o])
