@@ -66,20 +66,17 @@ def network(state: Mapping[str, Tensor]) -> Detector:
     they are not those of a ViTDet with a cascade of box heads.
     """
     state = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
+    positions = "backbone.net.pos_embed"
     try:
         # Nothing is initialised, or even allocated, before its values are there to be copied.
         with torch.device("meta"):
             proposals, heads = _vitdet_heads.heads(state)
             part = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
             detector = Detector(_vitdet.backbone(part), proposals, heads)
+        state[positions] = _vitdet.resized_positions(state[positions], detector.backbone.net.pos_embed.shape[1])
     except KeyError as error:
         raise ValueError(f"vitdet: the checkpoint is not that of this network: it has no {error.args[0]}") from error
-    positions = "backbone.net.pos_embed"
-    if positions in state:
-        grid = detector.backbone.net.pos_embed.shape[1]
-        state[positions] = _vitdet.resized_positions(state[positions], grid)
-    if state[positions].device.type != "meta":
-        detector = detector.to_empty(device="cpu")
+    detector = detector.to_empty(device=state[positions].device)
     _networks.fill(detector, state, "vitdet")
     return detector
 

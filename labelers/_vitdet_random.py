@@ -11,9 +11,18 @@ from dataengine import coco
 from labelers import _checkpoints, _vitdet, _vitdet_heads
 from labelers._vitdet_network import Detector
 
-GAINS = {"rel_pos": 1.0, "pos_embed": 10.0, "objectness_logits": 3.0, "anchor_deltas": 0.5, "cls_score": 4.0}
-"""By what tensors of such names are multiplied: so that positions matter, boxes keep near their anchors and some class
-of a box stands out from the others."""
+GAINS = {
+    "pos_embed": 10.0,
+    "objectness_logits": 3.0,
+    "anchor_deltas": 0.5,
+    "cls_score": 2.0,
+    "bbox_pred": 0.4,
+    "simfp_3.2.norm.weight": 1.4,
+    "simfp_4.1.norm.weight": 1.9,
+    "simfp_5.2.norm.weight": 2.4,
+}
+"""By what tensors of such names are multiplied: so that positions matter, boxes keep near their anchors, some class of
+a box stands out from the others, and the coarser maps are heard beside the many cells of the finest."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +43,35 @@ class Shape:
     channels: int = 256
     convolutions: int = 4
     full: int = 1024
+    classes: int = len(coco.THINGS)
 
 
 TINY = Shape(8, 1, 16, grid=4, window=3, depth=2, every=2, pretrained=2, channels=8, convolutions=1, full=16)
 
 
-def state(shape: Shape, seed: int) -> dict[str, Tensor]:
-    """Seeded random tensors by their published names, with a head for masks beside the rest."""
+def layout(shape: Shape) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint, but for those of masks: names and shapes (on the meta device)."""
     sides = [shape.grid if (i + 1) % shape.every == 0 else shape.window for i in range(shape.depth)]
-    classes = len(coco.THINGS)
+    stages = range(len(_vitdet_heads.WEIGHTS))
     with torch.device("meta"):
         net = _vitdet.Transformer(shape.width, shape.heads, shape.hidden, shape.patch, shape.grid, sides)
-        stages = range(len(_vitdet_heads.WEIGHTS))
         convolutions = [shape.channels] * shape.convolutions
         detector = Detector(
             _vitdet.Backbone(net, shape.channels),
             _vitdet_heads.ProposalNetwork(shape.channels, 2),
             _vitdet_heads.CascadeHeads(
                 [_vitdet_heads.BoxHead(shape.channels, convolutions, [shape.full]) for _ in stages],
-                [_vitdet_heads.BoxPredictor(shape.full, classes) for _ in stages],
+                [_vitdet_heads.BoxPredictor(shape.full, shape.classes) for _ in stages],
             ),
         )
-        published = detector.state_dict() | {
-            "backbone.net.pos_embed": torch.empty(1, 1 + shape.pretrained**2, shape.width),
-            "roi_heads.mask_head.predictor.weight": torch.empty(classes, shape.channels, 1, 1),
-            "roi_heads.mask_head.predictor.bias": torch.empty(classes),
-        }
-    random = _checkpoints.randomised(published, seed)
+        positions = torch.empty(1, 1 + shape.pretrained**2, shape.width)
+    return detector.state_dict() | {"backbone.net.pos_embed": positions}
+
+
+def state(shape: Shape, seed: int) -> dict[str, Tensor]:
+    """Seeded random tensors by their published names, with something of a head for masks beside the rest."""
+    masks = {"roi_heads.mask_head.predictor.weight": torch.empty(shape.classes, shape.channels, 1, 1)}
+    random = _checkpoints.randomised(layout(shape) | masks, seed)
     return {name: value * _gain(name) for name, value in random.items()}
 
 

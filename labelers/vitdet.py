@@ -69,7 +69,6 @@ class VitDet(Labeler):
         if classes != len(coco.THINGS):
             raise ValueError(f"vitdet: expected weights for COCO's {len(coco.THINGS)} classes, these have {classes}")
         _networks.placed(network, device, self.precision)
-        network.to(memory_format=torch.channels_last)
         # What comes after it depends on how much is found: nothing to compile for good.
         _networks.placed(network.backbone, device, self.precision, compiled=self.compiled)
         side = network.backbone.side
