@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,7 +69,10 @@ def first_part(checkpoint: str, names: Sequence[str]) -> tuple[str, Path]:
             refused = isinstance(error.__cause__, errors.LocalEntryNotFoundError | errors.RepositoryNotFoundError)
             if refused and not weights.offline():
                 raise
-    raise FileNotFoundError(f"{checkpoint} has none of {', '.join(names)}: {missing}") from missing
+    why = f"has none of {', '.join(names)}"
+    if weights.offline() and not Path(checkpoint).expanduser().exists():
+        why += f" on this machine, and downloads are off (HF_HUB_OFFLINE): `hf download {checkpoint}`, {weights.COPY}"
+    raise FileNotFoundError(f"{checkpoint} {why}") from missing
 
 
 def _shards(checkpoint: str, index: str) -> list[str]:
@@ -137,8 +140,57 @@ def network(
     if configuration is None:
         kind: Any = model_class.config_class
         configuration = config(checkpoint, kind)
-    state = {name: value for name, value in state.items() if not any(re.search(pattern, name) for pattern in unused)}
-    return _filled(model_class, configuration, state, idle, who, dtype)
+    return filled(model_class, configuration, state, who, unused=unused, idle=idle, dtype=dtype)
+
+
+def filled(
+    model_class: type[Model],
+    configuration: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    who: str,
+    *,
+    unused: Sequence[str] = (),
+    idle: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A network of these tensors, as `network` makes it of those in a file."""
+    import torch
+    from transformers.utils import logging
+
+    state = {name: value for name, value in state.items() if not _any(unused, name)}
+    logging.disable_progress_bar()
+    build: Any = model_class.from_pretrained
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what did not fit; ours is the one below
+    try:
+        model, report = build(
+            None,
+            config=configuration,
+            state_dict=state,
+            dtype=dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(level)
+    complaints = []
+    for what in ("missing", "unexpected"):
+        found = sorted(report[f"{what}_keys"])
+        if what == "missing":
+            found = [name for name in found if not _any(idle, name)]
+        if found:
+            complaints.append(f"{len(found)} tensors {what}: {', '.join(found[:5])}{', ...' * (len(found) > 5)}")
+    reshaped = [
+        f"{name} is {tuple(there)}, expected {tuple(here)}" for name, there, here in sorted(report["mismatched_keys"])
+    ]
+    if reshaped:
+        shown = f"{', '.join(reshaped[:5])}{', ...' * (len(reshaped) > 5)}"
+        complaints.append(f"{len(reshaped)} tensors of another shape: {shown}")
+    if complaints or report["error_msgs"]:
+        complaints += report["error_msgs"]
+        raise ValueError(f"{who}: the checkpoint is not that of this network: {'; '.join(complaints)}")
+    made: Model = model.eval().requires_grad_(False)
+    return made
 
 
 def resized(rgb: np.ndarray, height: int, width: int, resample: int = 2) -> np.ndarray:
@@ -176,60 +228,18 @@ def save_tiny(model: PreTrainedModel, folder: Path, seed: int, *, scale: float =
         with torch.no_grad():
             for name, value in _checkpoints.randomised(trained, seed, scale).items():
                 trained[name].copy_(value)
-        state = {n: v for n, v in model.state_dict().items() if not any(re.search(pattern, n) for pattern in idle)}
+        state = {name: value for name, value in model.state_dict().items() if not _any(idle, name)}
         logging.disable_progress_bar()
         model.save_pretrained(folder, state_dict=state)
         weights.mark_random(file, seed)
     return file
 
 
-def _filled(
-    model_class: type[Model],
-    configuration: PreTrainedConfig,
-    state: dict[str, Tensor],
-    idle: Sequence[str],
-    who: str,
-    dtype: torch.dtype | None,
-) -> Model:
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    build: Any = model_class.from_pretrained
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of what did not fit; ours is the one below
-    try:
-        model, report = build(
-            None,
-            config=configuration,
-            state_dict=state,
-            dtype=dtype or torch.float32,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(level)
-    complaints = []
-    for what in ("missing", "unexpected"):
-        found = sorted(report[f"{what}_keys"])
-        if what == "missing":
-            found = [name for name in found if not any(re.search(pattern, name) for pattern in idle)]
-        if found:
-            complaints.append(f"{len(found)} tensors {what}: {', '.join(found[:5])}{', ...' * (len(found) > 5)}")
-    reshaped = [
-        f"{name} is {tuple(there)}, expected {tuple(here)}" for name, there, here in sorted(report["mismatched_keys"])
-    ]
-    if reshaped:
-        shown = f"{', '.join(reshaped[:5])}{', ...' * (len(reshaped) > 5)}"
-        complaints.append(f"{len(reshaped)} tensors of another shape: {shown}")
-    if complaints or report["error_msgs"]:
-        complaints += report["error_msgs"]
-        raise ValueError(f"{who}: the checkpoint is not that of this network: {'; '.join(complaints)}")
-    filled: Model = model.eval().requires_grad_(False)
-    return filled
-
-
 def _without(found: Any, names: frozenset[str]) -> Any:
     if isinstance(found, dict):
         return {name: _without(value, names) for name, value in found.items() if name not in names}
     return [_without(value, names) for value in found] if isinstance(found, list) else found
+
+
+def _any(patterns: Sequence[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
