@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 LONGEST = 4
 """How many times the shorter side the longer one may be in the network; what is longer yet is squeezed to that."""
@@ -72,3 +72,12 @@ def restored(one: Tensor, size: tuple[int, int]) -> Tensor:
         return one
     resized: Tensor = F.interpolate(one[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
     return resized
+
+
+def in_float32(layer: nn.Module) -> None:
+    """Let a layer compute in float32 whatever the rest of its network does.
+
+    The last layer of a map: half precision has too few steps for one that is stored in 65536, or for an angle.
+    """
+    layer.float()
+    layer.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))

@@ -49,7 +49,8 @@ def copied(tiny: Labeler, tmp_path: Path) -> tuple[Labeler, Path]:
     target = tmp_path / given.name
     if given.is_dir():
         shutil.copytree(given, target)
-        (file,) = [f for f in target.iterdir() if f.suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".pkl", ".bin"}]
+        tensors = [f for f in target.rglob("*") if f.suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".pkl", ".bin"}]
+        file = max(tensors, key=lambda f: f.stat().st_size)
     else:
         # What belongs to a single file lies beside it: the card, a configuration, a vocabulary.
         for other in given.parent.iterdir():
