@@ -39,6 +39,11 @@ class DepthNetwork(Licensed):
     emits = ("depth", "normal")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoseNetwork(DepthNetwork):
+    emits = ("human_poses",)
+
+
 @pytest.mark.parametrize(
     ("licence", "expected"),
     [
@@ -100,7 +105,9 @@ def test_weights_that_forbid_commercial_use_are_refused_and_what_could_stand_in_
     assert "could stand in: canny_edge for canny_edge" in said
     said = refusal(DepthNetwork())
     assert "(depth, normal)" in said
-    assert "none yet could stand in" in said
+    assert "depth_anything.checkpoint=depth-anything/Depth-Anything-V2-Small-hf for depth (Apache-2.0)" in said
+    assert "marigold_normal.checkpoint=prs-eth/marigold-normals-v1-1 for normal (RAIL++-M)" in said
+    assert "none yet could stand in" in refusal(PoseNetwork())
     said = refusal(Versioned(inner=Licensed(), column_version="v2"))
     assert "(canny_edge@v2) with somebody/their-weights, whose licence, CC-BY-NC-4.0" in said
     assert "could stand in: canny_edge for canny_edge" in said
