@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import labelers.dfine
 from dataengine import coco, plugins
 from dataengine.corpora.scenes import Scene, render
 from dataengine.labeler import Labeler
@@ -88,32 +89,50 @@ def box(mask: np.ndarray) -> np.ndarray:
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=np.float64)
 
 
-def test_boxes_of_vitdet(view: tuple[Scene, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def corners(found: Tensor) -> tuple[list[int], Tensor]:
+    """The things in a map (h, w) as a network is given it, and their boxes float32 (n, 4) in its pixels."""
+    ids = [int(i) for i in found.unique() if i and (found == i).sum() > 12]
+    return ids, torch.from_numpy(np.array([box((found == i).numpy()) for i in ids])).float()
+
+
+@pytest.mark.parametrize("name", ["vitdet", "dfine"])
+def test_boxes_of_detectors(
+    view: tuple[Scene, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scene, window = view
     instance = scene.instance[window]
     count = int(scene.instance.max()) + 1
-    statistics: Any = tuple(tuple(v / 255 for v in values) for values in (_vitdet_network.MEAN, _vitdet_network.STD))
 
-    def detect(pixels: Tensor, sizes: Any, *thresholds: Any) -> list[Detections]:
+    def vitdet(pixels: Tensor, sizes: Any, *thresholds: Any) -> list[Detections]:
         out = []
-        for found, (height, width) in zip(seen(pixels, statistics, count), sizes, strict=True):
+        for found, (height, width) in zip(seen(pixels, _images.IMAGENET, count), sizes, strict=True):
             assert not found[height:].any()
             assert not found[:, width:].any()
-            ids = [int(i) for i in found.unique() if i and (found == i).sum() > 12]
-            boxes = [torch.from_numpy(box((found == i).numpy())).float() for i in ids]
-            out.append(Detections(torch.stack(boxes), torch.ones(len(ids)), torch.tensor(ids)))
+            ids, boxes = corners(found)
+            out.append(Detections(boxes, torch.ones(len(ids)), torch.tensor(ids)))
         return out
 
-    labeler = plugins.load("labelers", "vitdet", Labeler)().tiny(tmp_path)
-    oracle = Oracle(detect, backbone=Oracle(None, side=320), roi_heads=Oracle(None, classes=80))
-    monkeypatch.setattr(_vitdet_network, "network", lambda state: oracle)
+    def dfine(pixel_values: Tensor) -> Any:
+        (found,) = seen(pixel_values, ((0, 0, 0), (1, 1, 1)), count)
+        ids, boxes = corners(found)
+        height, width = found.shape
+        x0, y0, x1, y1 = (boxes / torch.tensor([width, height, width, height])).unbind(-1)
+        logits = torch.full((1, len(ids), len(coco.THINGS)), -9.0)
+        logits[0, range(len(ids)), ids] = 9
+        middles = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
+        return SimpleNamespace(logits=logits, pred_boxes=middles[None])
+
+    labeler = plugins.load("labelers", name, Labeler)().tiny(tmp_path)
+    backbone, heads = Oracle(None, side=320), Oracle(None, classes=80)
+    monkeypatch.setattr(_vitdet_network, "network", lambda _: Oracle(vitdet, backbone=backbone, roi_heads=heads))
+    monkeypatch.setattr(labelers.dfine, "network", lambda _: Oracle(dfine))
     found = {i["class_name"]: i["boxes"] for i in label(labeler, palette(count)[instance])["det"]["instances"]}
     height, width = instance.shape
     expected = {coco.THINGS[i]: box(mask) for i, mask in things(instance).items()}
     assert len(expected) >= 2
-    for name, corners in expected.items():
-        # The image was doubled at most; interpolation blurs an outline by one pixel of either size.
-        np.testing.assert_allclose(np.array(found[name]) * (width, height, width, height), corners, atol=1.3)
+    for kind, truth in expected.items():
+        # The image was enlarged; interpolation blurs an outline by one pixel of either size.
+        np.testing.assert_allclose(np.array(found[kind]) * (width, height, width, height), truth, atol=1.3)
 
 
 @pytest.mark.parametrize("name", ["mask2former", "eomt"])
