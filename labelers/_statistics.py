@@ -59,12 +59,13 @@ def _first(captions: Sequence[str]) -> str:
     return captions[0] if captions else ""
 
 
-def n_humans(det: dict[str, Any]) -> int:
-    """Persons among the counted detections.
+def n_humans(poses: Any) -> int:
+    """Instances of the human-pose network ("crowdedness" in 4M-21)."""
+    return len(poses["bbox_xyxy"]) if isinstance(poses, dict) else 0
 
-    4M-21 counts the instances of its human-pose network ("crowdedness"). There is no modality of human poses here yet:
-    until there is one, detected persons stand in for them.
-    """
+
+def n_persons(det: dict[str, Any]) -> int:
+    """Persons among the counted detections: they stand in for `n_humans` where there are no poses."""
     return sum(instance["class_name"] == "person" for instance in _counted(det))
 
 

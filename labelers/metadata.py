@@ -16,7 +16,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], int | float]]] = {
     "caption_n_chars": ("caption", stats.caption_n_chars),
     "caption_n_words": ("caption", stats.caption_n_words),
     "caption_n_sentences": ("caption", stats.caption_n_sentences),
-    "n_humans": ("det", stats.n_humans),
+    "n_humans": ("det", stats.n_persons),
     "n_sam_instances": ("sam_instance", stats.n_sam_instances),
     "n_coco_instances": ("det", stats.n_coco_instances),
     "coco_instance_diversity": ("det", stats.coco_instance_diversity),
@@ -33,7 +33,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], int | float]]] = {
 }
 """Each kind of ml-4m's metadata, in its order there: the modality it needs, and the function of that one's value."""
 
-SOURCES = tuple(dict.fromkeys(source for source, _ in KINDS.values()))
+BETTER: dict[str, tuple[str, Callable[[Any], int | float]]] = {"n_humans": ("human_poses", stats.n_humans)}
+"""What a kind is computed from where there is that modality: as 4M-21 has it."""
+
+SOURCES = tuple(dict.fromkeys(source for source, _ in (*KINDS.values(), *BETTER.values())))
 """The modalities that any kind needs."""
 
 
@@ -41,8 +44,9 @@ SOURCES = tuple(dict.fromkeys(source for source, _ in KINDS.values()))
 class Metadata(Labeler):
     """A flat dict of numbers by ml-4m's metadata keys: the kinds whose modality is among `from_modalities`.
 
-    Counts and sizes are ints, the other kinds floats in the units that `labelers/_statistics.py` states. Without the
-    setting it is rgb and caption, until a plan adapts it to all that exist: the kinds are the same for all samples.
+    Each kind's formula, and where it comes from, is in `labelers/_statistics.py`. `n_humans` counts `human_poses`, or
+    the persons of `det` when there are no poses. Counts and sizes are ints, the other kinds floats. Without the setting
+    it is rgb and caption, until a plan adapts it to all that exist: the kinds are the same for all samples.
     """
 
     emits = ("metadata",)
@@ -67,7 +71,8 @@ class Metadata(Labeler):
 
     def load(self, device: str) -> Loaded:
         """Nothing to load; the device is not used."""
-        wanted = {kind: entry for kind, entry in KINDS.items() if entry[0] in self.inputs}
+        better = {kind: entry for kind, entry in BETTER.items() if entry[0] in self.inputs}
+        wanted = {kind: entry for kind, entry in KINDS.items() if entry[0] in self.inputs or kind in better} | better
 
         def label(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import skimage.data
 from PIL import Image, ImageStat
 
+from dataengine import coco, modalities
+from dataengine.modalities.metadata import KINDS as BINS
 from dataengine.sample import Sample
 from labelers import _statistics as stats
 from labelers.canny_edge import Canny
@@ -70,12 +73,24 @@ def test_counts_of_captions(captions: list[str], chars: int, words: int, sentenc
 
 def test_counts_of_detections_start_at_the_score_that_is_trained_on() -> None:
     det = boxes(("person", 0.9), ("person", 0.6), ("person", 0.59), ("dog", 0.7))
-    assert (stats.n_humans(det), stats.n_coco_instances(det), stats.coco_instance_diversity(det)) == (2, 3, 2)
-    assert (stats.n_humans(boxes()), stats.n_coco_instances(boxes()), stats.coco_instance_diversity(boxes())) == (
+    assert (stats.n_persons(det), stats.n_coco_instances(det), stats.coco_instance_diversity(det)) == (2, 3, 2)
+    assert (stats.n_persons(boxes()), stats.n_coco_instances(boxes()), stats.coco_instance_diversity(boxes())) == (
         0,
         0,
         0,
     )
+
+
+def test_humans_are_those_with_a_pose_or_else_those_detected() -> None:
+    poses = modalities.load("human_poses").example(np.random.default_rng(0), (40, 60))
+    values = {"rgb": RED, "human_poses": poses, "det": boxes(("person", 0.9))}
+    for sources, expected in ((("human_poses",), 2), (("det", "human_poses"), 2), (("det",), 1)):
+        (found,) = Metadata(from_modalities=sources).load("cpu")([Sample("a", values)])
+        assert found["metadata"]["n_humans"] == expected
+        assert list(found["metadata"]) == [kind for kind in KINDS if kind in found["metadata"]]
+    (found,) = Metadata(from_modalities=("human_poses",)).load("cpu")([Sample("a", {"rgb": RED, "human_poses": []})])
+    assert found["metadata"] == {"n_humans": 0}
+    assert "n_humans" not in Metadata(from_modalities=("rgb",)).load("cpu")([Sample("a", values)])[0]["metadata"]
 
 
 def test_shares_of_classes() -> None:
@@ -108,6 +123,61 @@ def test_occlusion_score_counts_the_pixels_at_steps() -> None:
     assert stats.occlusion_score(np.kron(depth, np.ones((2, 2), np.float32))) == pytest.approx(2 / 224)
 
 
+SHOWN = json.loads((Path(__file__).parent / "golden" / "metadata_sample.json").read_text())
+"""Counts over the pictures that 4M-21 was shown with; what made them stands in the file."""
+
+
+def spread(counts: list[int]) -> np.ndarray:
+    """Levels in rising order, as often as they are counted: what depends on counts alone is the same of them."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def printed(kind: str, value: float) -> float:
+    """A value as ml-4m's demonstrations print it: the lower end of its bin."""
+    (bins,) = (b for b in BINS if b.key == kind)
+    return round(bins.from_bin(bins.to_bin(value)), 2)
+
+
+def test_the_published_photograph_has_the_printed_colours() -> None:
+    levels = {name: spread(counts).astype(np.uint8) for name, counts in SHOWN["levels"].items()}
+    coloured = np.stack([levels[c] for c in "RGB"], axis=-1)[None]  # entropy asks which levels there are, not where
+    assert printed("entropy", stats.entropy(coloured)) == 8.4
+    grey = np.repeat(levels["L"][None, :, None], 3, axis=2)
+    assert printed("brightness", stats.brightness(grey)) == 147.9
+    saturated = np.stack([np.full_like(levels["S"], 255), *[255 - levels["S"]] * 2], axis=-1)[None]
+    assert printed("saturation", stats.saturation(saturated)) == 102.0
+    # The one that is a bin off: 25.40 is printed. Of all levels of R, G and B together it would be eight bins off.
+    assert stats.contrast(grey) == pytest.approx(28.94, abs=0.005)
+    assert printed("contrast", stats.contrast(grey)) == 27.94
+
+
+def test_the_published_photograph_has_the_printed_colorfulness() -> None:
+    rg, yb2 = spread(SHOWN["opponent"]["rg"]), spread(SHOWN["opponent"]["yb2"])
+    # Pixels with these opponent channels: R - G = rg and R + G - 2 B = yb2, paired so that both have the same parity.
+    odd = [np.sort(rg[rg % 2 == 1])[::-1], np.sort(yb2[yb2 % 2 == 1])]
+    even = [np.sort(rg[rg % 2 == 0])[::-1], np.sort(yb2[yb2 % 2 == 0])]
+    rg, yb2 = np.concatenate([odd[0], even[0]]), np.concatenate([odd[1], even[1]])
+    green = np.maximum(0, (yb2 - rg) // 2)
+    rgb = np.stack([green + rg, green, (2 * green + rg - yb2) // 2], axis=-1)[None]
+    assert rgb.min() >= 0
+    assert rgb.max() <= 255
+    assert printed("colorfulness", stats.colorfulness(rgb.astype(np.uint8))) == 48.0
+
+
+def test_the_published_segmentation_has_the_printed_shares() -> None:
+    ids = [coco.NAMES.index(name) for name in SHOWN["classes"]]
+    semseg = np.repeat(np.array(ids, dtype=np.uint8), list(SHOWN["classes"].values()))[None]
+    assert printed("walkability", stats.walkability(semseg)) == 0.06
+    assert printed("objectness", stats.objectness(semseg)) == 0.0
+
+
+def test_the_published_boxes_and_caption_have_the_printed_counts() -> None:
+    drawn = boxes(*[("person", 0.9)] * 3, *[("backpack", 0.7)] * 2)
+    assert (stats.n_coco_instances(drawn), stats.coco_instance_diversity(drawn)) == (5, 2)
+    caption = ["the view from the top of the hill at the top of the lake."]
+    assert (stats.caption_n_words(caption), stats.caption_n_sentences(caption)) == (14, 1)
+
+
 def test_the_setting_decides_the_kinds() -> None:
     sample = Sample("a", {"rgb": PHOTO, "caption": ["An astronaut."], "det": boxes(("person", 0.9)), "depth": None})
     (default,) = Metadata().load("cpu")([sample])
@@ -119,6 +189,7 @@ def test_the_setting_decides_the_kinds() -> None:
 
 def test_a_plan_adapts_it_to_the_modalities_that_exist() -> None:
     assert Metadata().adapted({"rgb", "det", "depth", "CLIP-B16"}).inputs == ("rgb", "det", "depth")
+    assert SOURCES == ("rgb", "caption", "det", "sam_instance", "semseg", "normal", "depth", "human_poses")
     assert Metadata(from_modalities=("rgb",)).adapted(SOURCES).inputs == ("rgb",)
     with pytest.raises(ValueError, match="expected some of"):
         Metadata(from_modalities=("rgb", "clip"))
