@@ -69,7 +69,10 @@ def plan(
     candidates = versions.offered(candidates, wanted, reads)
     offered = {m for labeler in candidates for m in labeler.emits}
     for m in wanted:
-        if m not in offered and m not in dataset.plan.ingested:
+        if m in dataset.plan.ingested:  # said before any weights are looked for
+            beside = f"; a version can stand beside it, as {m}@v2" if m in offered else ""
+            raise ValueError(f"{m}: written at ingest, not by a labeler{beside}")
+        if m not in offered:
             known = sorted(offered)
             raise ValueError(
                 f"nothing makes {m!r}{plugins.nearest(m, known)}; there are labelers for: {', '.join(known)}"
