@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from skimage.filters import gaussian
 
+from benchmarks._labelers_hmr2 import whole_image
 from dataengine import modalities
 from dataengine.geometry import Crop
 from dataengine.modalities.human_poses import MIRRORED, joint_positions
@@ -52,18 +51,6 @@ def photographs() -> list[tuple[np.ndarray, list[list[float]]]]:
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def as_the_reference(rgb: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """float64 (256, 192, 3): the whole image blurred, then the square cut out of it, as 4D-Humans does it."""
-    width, height = box[2:] - box[:2]
-    side = max(height, width * 256 / 192)
-    if side / 512 > np.float32(1.1):
-        rgb = gaussian(rgb, sigma=(side / 512 - 1) / 2, channel_axis=2, preserve_range=True)
-    (x, y), half = (box[:2] + box[2:]) / 2, side / 2
-    here, there = [(x, y), (x, y + half), (x + half, y)], [(128, 128), (128, 256), (256, 128)]
-    affine = cv2.getAffineTransform(np.float32(here), np.float32(there))
-    return cv2.warpAffine(rgb, affine, (256, 256), flags=cv2.INTER_LINEAR)[:, 32:-32].astype(np.float64)
 
 
 def test_the_network_computes_what_the_reference_does() -> None:
@@ -109,7 +96,7 @@ def test_crops_and_bodies_of_photographs_are_those_of_the_reference() -> None:
 def test_blurring_a_part_is_blurring_the_whole(box: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (640, 900, 3), dtype=np.uint8)
     one = np.float32(box) + np.float32(0.37) * np.float32([1, 1, -1, -1])
-    found, expected = _persons.crop(image, one), as_the_reference(image, one)
+    found, expected = _persons.crop(image, one), whole_image(image, one)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 2e-4
 
