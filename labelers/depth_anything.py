@@ -48,7 +48,7 @@ class DepthAnything(Labeler):
     epsilon: float = 0.05
     # Eleven bits: bfloat16's eight would show as steps in a map of 65536. The last layer is float32.
     precision: _networks.Precision = "float16"
-    compiled: bool = False
+    compiled: bool = False  # anew for each size of network: for corpora of few aspect ratios
 
     def __post_init__(self) -> None:
         if self.side < CELL or self.side % CELL:

@@ -36,7 +36,7 @@ class OmnidataNormal(Labeler):
     checkpoint: str = "https://zenodo.org/records/10447888/files/omnidata_dpt_normal_v2.ckpt"
     side: int = 384
     precision: _networks.Precision = "float16"
-    compiled: bool = False
+    compiled: bool = False  # anew for each size of network: for corpora of few aspect ratios
 
     def __post_init__(self) -> None:
         if self.side < CELL or self.side % CELL:

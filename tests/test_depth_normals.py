@@ -22,7 +22,7 @@ from dataengine import modalities
 from dataengine.corpora.scenes import CLASS_IDS, MAX_DEPTH_M, render
 from dataengine.labeler import Labeler
 from dataengine.sample import Sample
-from labelers import _axes, _images, _maps, _marigold, _omnidata, depth_anything, marigold_normal
+from labelers import _axes, _images, _maps, _marigold, _networks, _omnidata, depth_anything, marigold_normal
 from labelers.depth_anything import DepthAnything
 from labelers.marigold_normal import MarigoldNormal
 from labelers.omnidata_depth import OmnidataDepth
@@ -186,6 +186,20 @@ def test_depth_anything_is_transformers_network_on_each_image_alone(tmp_path: Pa
             back = F.interpolate(disparity, sample.size, mode="bilinear", antialias=True)[0, 0]
         assert back.std() > 1e-3 * back.max()
         np.testing.assert_allclose(labels["depth"], depth_anything.depth(back, 0.05).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [OmnidataDepth, OmnidataNormal, DepthAnything, MarigoldNormal])
+def test_a_network_may_compute_in_another_precision(
+    kind: type[Labeler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it is half: here it is double, so that what mixes precisions raises and the rest agrees."""
+    labeler, samples = kind().tiny(tmp_path), photographs()
+    single = labeler.load("cpu")(samples)
+    monkeypatch.setattr(_networks, "dtype_on", lambda device, precision: torch.float64)
+    for one, other in zip(single, labeler.load("cpu")(samples), strict=True):
+        for name, value in one.items():
+            assert other[name].dtype == np.float32
+            np.testing.assert_allclose(other[name], value, atol=1e-3)
 
 
 def test_depth_in_metres_is_not_taken_for_disparity(tmp_path: Path) -> None:
