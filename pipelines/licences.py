@@ -49,6 +49,7 @@ PUBLISHED = {
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth": "Apache-2.0",
+    "facebook/sam2.1-hiera-large": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth": "Apache-2.0",
     f"{_VITDET}h/f328730692/model_final_f05665.pkl": "CC-BY-SA-3.0",
     f"{_VITDET}l/f328021305/model_final_1a9f28.pkl": "CC-BY-SA-3.0",

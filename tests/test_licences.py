@@ -123,7 +123,7 @@ def test_another_checkpoint_of_the_same_labeler_can_stand_in(tmp_path: Path) -> 
     said = refusal(random)
     assert "CC-BY-NC-SA 4.0, forbids commercial use" in said
     assert f"could stand in: sam with sam.checkpoint={Sam().checkpoint} for sam_instance (Apache-2.0)" in said
-    assert stand_ins(random) == [f"sam with sam.checkpoint={Sam().checkpoint} for sam_instance (Apache-2.0)"]
+    assert f"sam with sam.checkpoint={Sam().checkpoint} for sam_instance (Apache-2.0)" in stand_ins(random)
 
 
 def test_an_unknown_licence_is_refused_until_somebody_states_it(tmp_path: Path) -> None:
