@@ -214,8 +214,8 @@ def _sticks(image: np.ndarray, points: np.ndarray) -> None:
     near = np.abs(points).max(axis=1) < 4 * max(image.shape[:2])
     for joint, parent in enumerate(_PARENTS):
         if parent >= 0 and near[joint] and near[parent]:
-            across = _BONES[joint][0]
-            colour = _SIDES["left" if across > 0 else "right" if across < 0 else "middle"]
+            other = MIRRORED[joint - 1] + 1
+            colour = _SIDES["left" if other > joint else "right" if other < joint else "middle"]
             a, b = (tuple(int(v) for v in np.rint(points[k])) for k in (parent, joint))
             cv2.line(image, a, b, (0, 0, 0), thick + 2, cv2.LINE_AA)
             cv2.line(image, a, b, colour, thick, cv2.LINE_AA)
