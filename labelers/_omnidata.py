@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from labelers import _checkpoints, _networks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import DPTForDepthEstimation
 
 PATCH = 16
@@ -89,7 +86,7 @@ class Shape:
         return min(GROUPS, self.stem, _narrow(self.stages[0]))
 
 
-class Dpt(nn.Module):
+def runnable(network: DPTForDepthEstimation) -> nn.Module:
     """Pixels (n, 3, h, w), sides multiples of 32, to maps float32 (n, channels, h, w) of 0 or more.
 
     As the reference runs it on images of any such size, which transformers' own forward pass refuses: positions are
@@ -97,31 +94,35 @@ class Dpt(nn.Module):
     The last layer computes in float32 whatever the rest does, since half precision has too few steps for a map that
     is stored in 65536.
     """
+    from torch import nn
 
-    def __init__(self, network: DPTForDepthEstimation) -> None:
-        super().__init__()
-        self.network = network
-        depth = len(network.dpt.encoder.layer)
-        self.taps = (depth * 3 // 4 - 1, depth - 1)
+    depth = len(network.dpt.encoder.layer)
+    taps = (depth * 3 // 4 - 1, depth - 1)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """The maps of a batch."""
-        rows, cols = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
-        dpt, head = self.network.dpt, self.network.head.head
-        first, grow, second, relu, last, _ = head
-        embedded = dpt.embeddings(pixels.to(dpt.embeddings.cls_token.dtype), interpolate_pos_encoding=True)
-        tokens, tapped = embedded.last_hidden_states, []
-        for i, layer in enumerate(dpt.encoder.layer):
-            tokens = layer(tokens)
-            if i in self.taps:
-                tapped.append(tokens)
-        fused = self.network.neck([*embedded.intermediate_activations, *tapped], rows, cols)[-1]
-        features = relu(second(grow(first(fused))))
-        weight, bias = (value.float() for value in last.parameters())
-        return nn.functional.relu(nn.functional.conv2d(features.float(), weight, bias))
+    class Dpt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            rows, cols = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
+            dpt = self.network.dpt
+            embedded = dpt.embeddings(pixels.to(dpt.embeddings.cls_token.dtype), interpolate_pos_encoding=True)
+            tokens, tapped = embedded.last_hidden_states, []
+            for i, layer in enumerate(dpt.encoder.layer):
+                tokens = layer(tokens)
+                if i in taps:
+                    tapped.append(tokens)
+            fused = self.network.neck([*embedded.intermediate_activations, *tapped], rows, cols)[-1]
+            first, grow, second, relu, last, _ = self.network.head.head
+            features = relu(second(grow(first(fused))))
+            weight, bias = (value.float() for value in last.parameters())
+            return nn.functional.relu(nn.functional.conv2d(features.float(), weight, bias))
+
+    return Dpt()
 
 
-def load(file: Path, channels: int, who: str) -> Dpt:
+def load(file: Path, channels: int, who: str) -> nn.Module:
     """The network of a published file, Lightning's or its bare tensors, on the CPU in float32.
 
     ValueError when it is another network's, or answers with another number of channels.
@@ -135,8 +136,10 @@ def load(file: Path, channels: int, who: str) -> Dpt:
     return network(state, channels, who)
 
 
-def network(state: Mapping[str, Tensor], channels: int, who: str) -> Dpt:
+def network(state: Mapping[str, Tensor], channels: int, who: str) -> nn.Module:
     """The network whose tensors these are, by their published names without `model.`."""
+    import torch
+
     found = shape_of(state, who)
     if found.channels != channels:
         kinds = {1: "depth", 3: "normals"}
@@ -149,7 +152,7 @@ def network(state: Mapping[str, Tensor], channels: int, who: str) -> Dpt:
     built.to_empty(device="cpu")  # fill refuses to leave anything empty, and there are no buffers
     _networks.fill(built, renamed(state), who)
     _standardise(built)
-    return Dpt(built.eval().requires_grad_(False))
+    return runnable(built.eval().requires_grad_(False))
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,6 +268,8 @@ def shapes(of: Shape) -> dict[str, tuple[int, ...]]:
 
 def random_state(of: Shape, seed: int) -> dict[str, Tensor]:
     """Seeded random tensors by the published names without `model.`, whose maps lie about the middle of 0..1."""
+    import torch
+
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes(of).items()}
     state = _checkpoints.randomised(empty, seed)
     state["scratch.output_conv.4.weight"] *= 0.2
@@ -274,6 +279,8 @@ def random_state(of: Shape, seed: int) -> dict[str, Tensor]:
 
 def save_tiny(file: Path, channels: int, seed: int) -> None:
     """A random network of width 16 as Lightning saves it, in half precision."""
+    import torch
+
     tiny = Shape(
         stem=16, stages=(32, 32, 32), blocks=(1, 1, 1), width=16, mlp=32, depth=2, grid=4, neck=(16, 16), fusion=16
     )
@@ -283,6 +290,7 @@ def save_tiny(file: Path, channels: int, seed: int) -> None:
 
 
 def _build(of: Shape) -> DPTForDepthEstimation:
+    from torch import nn
     from transformers import DPTConfig, DPTForDepthEstimation
 
     config = DPTConfig(
@@ -321,6 +329,8 @@ def _standardise(built: DPTForDepthEstimation) -> None:
 
     There half precision would do it, badly, and a small batch would wait for it.
     """
+    import torch
+    from torch import nn
     from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
     found = [(name, m) for name, m in built.named_modules() if isinstance(m, WeightStandardizedConv2d)]
