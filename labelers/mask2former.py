@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 MULTIPLE = 32
 """Images are padded to multiples of this many pixels."""
 
-_NOT_NEEDED = (r"\.relative_position_index$",)  # computed from the window size
-_IDLE = (r"\.swin\.layernorm\.",)  # of the last hidden state, which the pixel decoder does not read
+NOT_NEEDED = (r"\.relative_position_index$",)
+"""Tensors of the published file that follow from the window size."""
+
+IDLE = (r"\.swin\.layernorm\.",)
+"""Of the backbone's last hidden state, which nothing reads; the published file has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class Mask2Former(Labeler):
             label2id={name: i for i, name in enumerate(coco.NAMES)},
         )
         model = Mask2FormerForUniversalSegmentation(config)
-        file = _huggingface.save_tiny(model, folder / "mask2former", seed=4, scale=2.0, idle=_IDLE)
+        file = _huggingface.save_tiny(model, folder / "mask2former", seed=4, scale=2.0, idle=IDLE)
         return replace(self, checkpoint=str(file), shortest_edge=64, longest_edge=107)
 
 
@@ -124,7 +127,7 @@ def network(checkpoint: str) -> PreTrainedModel:
     from transformers import Mask2FormerForUniversalSegmentation
 
     return _huggingface.network(
-        checkpoint, Mask2FormerForUniversalSegmentation, "mask2former", unused=_NOT_NEEDED, idle=_IDLE
+        checkpoint, Mask2FormerForUniversalSegmentation, "mask2former", unused=NOT_NEEDED, idle=IDLE
     )
 
 

@@ -6,13 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SwinConfig, SwinModel, ViTConfig
+from transformers import (
+    DFineForObjectDetection,
+    EomtForUniversalSegmentation,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+)
 
 from dataengine import weights
-from labelers import _huggingface
+from labelers import _huggingface, mask2former
+from labelers.dfine import DFine
+from labelers.eomt import Eomt
+from labelers.mask2former import Mask2Former
+from tests.golden import make_huggingface
 
 TINY = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 
@@ -93,3 +105,48 @@ def test_no_network_is_said_with_the_file_and_the_repository(monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"model.safetensors of nobody/nothing is neither cached nor reachable"):
         read("nobody/nothing")
+
+
+@pytest.fixture(scope="module")
+def golden() -> Any:
+    with np.load(Path(__file__).parent / "golden" / "huggingface.npz", allow_pickle=False) as values:
+        return dict(values)
+
+
+PUBLISHED = {
+    "mask2former": (Mask2Former, Mask2FormerForUniversalSegmentation, mask2former.NOT_NEEDED, mask2former.IDLE),
+    "eomt": (Eomt, EomtForUniversalSegmentation, (), ()),
+    "dfine": (DFine, DFineForObjectDetection, (), ()),
+}
+PARAMETERS = {"mask2former": 106.9, "eomt": 316.7, "dfine": 62.6}
+"""In millions, as published."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_tensor_of_the_published_size_is_used(name: str, golden: Any, tmp_path: Path) -> None:
+    _, kind, unused, idle = PUBLISHED[name]
+    shapes = [[int(side) for side in shape.split("x") if side] for shape in golden[f"{name}.shapes"]]
+    # One number in memory, whatever the shape.
+    state = {key: torch.zeros(()).expand(shape) for key, shape in zip(golden[f"{name}.names"], shapes, strict=True)}
+    (tmp_path / "config.json").write_text(str(golden[f"{name}.config"]))
+    config = _huggingface.config(str(tmp_path), kind.config_class)
+    network = _huggingface.filled(kind, config, state, name, unused=unused, idle=idle)
+    assert round(sum(value.numel() for value in network.parameters()) / 1e6, 1) == PARAMETERS[name]
+    lost = next(key for key in reversed(state) if key.endswith("proj.weight"))
+    other = {key: value for key, value in state.items() if key != lost} | {"another": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"1 tensors missing: .*proj\.weight; 1 tensors unexpected: another$"):
+        _huggingface.filled(kind, config, other, name, unused=unused, idle=idle)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_version_that_published_them_computes_the_same(name: str, golden: Any, tmp_path: Path) -> None:
+    labeler, kind, unused, idle = PUBLISHED[name]
+    checkpoint = labeler().tiny(tmp_path).checkpoint
+    network = _huggingface.network(checkpoint, kind, name, unused=unused, idle=idle)
+    with torch.no_grad():
+        found = network.double()(pixel_values=torch.from_numpy(make_huggingface.pixels(name)).double())
+    compared = [key.partition(".")[2] for key in golden if key.startswith(f"{name}.") and golden[key].ndim > 2]
+    assert len(compared) == 2
+    for field in compared:
+        wanted = golden[f"{name}.{field}"]
+        assert np.abs(found[field].numpy() - wanted).max() <= 1e-6 * np.abs(wanted).max()
