@@ -89,16 +89,21 @@ def _parameters() -> int:
 
 
 def _gflop(call: Loaded, sample: Sample) -> float | None:
-    if "torch" not in sys.modules:
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which no counter looks into
     try:
         with FlopCounterMode(display=False) as counter:
             call([sample])
     except Exception:
         # A compiled network, or one with operators of its own, cannot be watched; it works all the same.
         return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 1e9
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _report, engine_ceiling, engine_efficiency
+from benchmarks import _published, _report, engine_ceiling, engine_efficiency, labelers
+from dataengine import plugins
+from dataengine.measured import Batch, Measured
+from pipelines import checkup
 
 
 def quick(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -73,3 +77,56 @@ def test_idle_and_share_are_those_of_the_noted_holds(monkeypatch: pytest.MonkeyP
     assert found["idle"] == pytest.approx(1 / 8)
     assert found["throughput_share"] == pytest.approx((56 - 8) / 5 / 16)
     assert found["tail_seconds"] == pytest.approx(2.0)
+
+
+def test_labelers_runs_its_parts_and_adds_up_the_bill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One part that compares and one that breaks, in place of those that take minutes."""
+
+    def child(module: str, function: str, arguments: dict[str, Any], where: Any) -> Any:
+        assert (where / "labelers" / "sam.py").exists()
+        if function == "table":
+            return labelers.table(**arguments) | {"clip_b16": {"mfu": 0.2}}
+        if arguments["part"] == "_labelers_bad":
+            raise RuntimeError("it broke")
+        return {"sam": {"ours": 6.0, "plain": 2.0, "ours_ratio": 3.0}, "images": 4}
+
+    expected = {"omnidata_depth": 255, "dinov2_b14": 46, "clip_b16": 35, "hmr2": 251, "t5": 222}
+    monkeypatch.setattr(_published, "COUNTS", {name: _published.COUNTS[name] for name in expected})
+    monkeypatch.setattr(labelers, "parts", lambda: ["_labelers_bad", "_labelers_good"])
+    monkeypatch.setattr(labelers._fresh, "call", child)
+    found = quick(labelers, monkeypatch, capsys)
+    assert found["ratios"] == {"good.sam.ours_ratio": 3.0}
+    assert found["failed"] == {"bad": "it broke"}
+    bill = found["bill"]
+    assert bill["measured"] == ["clip_b16"]
+    gflop = found["published"]["gflop"]
+    # Ten million images, the peak of an A100, and the part of it that was measured or is planned for.
+    assert bill["a100_hours_of_each"]["clip_b16"] == pytest.approx(gflop["clip_b16"] * 1e16 / 312e12 / 0.2 / 3600)
+    assert bill["a100_hours_of_each"]["t5"] == pytest.approx(gflop["t5"] * 1e16 / 312e12 / 0.4 / 3600)
+    assert bill["a100_hours"] == pytest.approx(sum(bill["a100_hours_of_each"].values()))
+    # As counted on the reference implementations.
+    assert {name: round(each) for name, each in gflop.items()} == expected
+    assert set(gflop) <= set(plugins.names("labelers"))
+    assert round(found["published"]["million_parameters"]["t5"]) == 4762
+
+
+def test_the_parts_of_labelers_are_found_by_their_names() -> None:
+    for part in labelers.parts():
+        assert callable(importlib.import_module(f"benchmarks.{part}").measure)
+
+
+def test_a_row_of_the_table_is_of_the_fastest_batch() -> None:
+    batches = (
+        Batch(size=1, seconds=0.1, cpu_seconds=0.1),
+        Batch(size=4, seconds=0.2, cpu_seconds=0.1, peak_bytes=10**9),
+    )
+    seen = Measured(
+        labeler="x", device="NVIDIA A100-SXM4-80GB", load_seconds=1, warmup_seconds=1, weights_bytes=10**9,
+        device_bytes=80 * 10**9, batches=batches, pixels=1.0, gpu=True,
+    )  # fmt: skip
+    found = labelers.row(checkup.Finding(labeler="x", emits=("depth",), gflop=3120.0, measured=seen))
+    assert (found["batch"], found["images_per_second"], found["gigabytes"]) == (4, 20.0, 2.0)
+    assert found["mfu"] == pytest.approx(0.2)
+    assert found["gpu_hours"] == pytest.approx(1e7 / 20 / 3600)
