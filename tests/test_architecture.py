@@ -21,11 +21,12 @@ def test_no_file_is_too_long() -> None:
 
 @pytest.mark.parametrize("package", ["dataengine", "labelers"])
 def test_importing_every_module_loads_no_network_library(package: str) -> None:
+    # The networks of labelers are in private modules, which a labeler imports when it loads its weights.
     code = f"""
 import importlib, pkgutil, sys
 package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, {package!r} + "."):
-    if module.name != "dataengine.actors":
+    if module.name != "dataengine.actors" and not module.name.startswith("labelers._"):
         importlib.import_module(module.name)
 networks = {{"torch", "ray", "transformers", "open_clip", "timm", "segment_anything", "datasets"}}
 heavy = sorted(set(sys.modules) & networks)
