@@ -121,7 +121,11 @@ def measure(quick: bool) -> dict[str, Any]:
     settings = Settings(side, 64, 0.0, 0.0, 1.0, NO_DUPLICATES)
     settings = thresholds(net, images[:2], settings)
     stock = SamAutomaticMaskGenerator(net, output_mode="coco_rle", **asdict(settings))
-    expected, seconds = _timed(lambda: [stock.generate(rgb) for rgb in images], device)
+    precisions = ("float32", "bfloat16") if large else ("float32",)
+    mine = {precision: _Ours(net, settings, device, precision) for precision in precisions}
+    runs: dict[str, Callable[[Sequence[np.ndarray]], Any]] = {"stock": lambda part: [stock.generate(p) for p in part]}
+    masks_of, seconds = _in_turn({**runs, **mine}, images, 8 if large else 2, device)
+    expected = masks_of["stock"]
     masks = 3 * side**2
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if large else f"CPU, {torch.get_num_threads()} threads",
@@ -132,22 +136,21 @@ def measure(quick: bool) -> dict[str, Any]:
         "thresholds": {"score": settings.pred_iou_thresh, "stability": settings.stability_score_thresh},
         "masks_an_image_stock": float(np.mean([len(e) for e in expected])),
         "stock": {
-            "images_per_second": count / seconds,
+            "images_per_second": count / seconds["stock"],
             "decoder_calls": count * -(-(side**2) // settings.points_per_batch),
             "points_drawn": count * side**2,
             "masks_upsampled": count * masks,
         },
     }
-    for precision in ("float32", "bfloat16") if large else ("float32",):
-        ours = _Ours(net, settings, device, precision)
-        found, seconds = _timed(lambda run=ours: run(images, 8 if large else 4), device)
+    for precision, ours in mine.items():
+        found = masks_of[precision]
         agreement = float(np.mean([matched_iou(f, e) for f, e in zip(found, expected, strict=True)]))
         if precision == "float32":
             same = [same_set(f, e) for f, e in zip(found, expected, strict=True)]
             assert all(same), f"{same.count(False)} of {count} images kept other masks; matched IoU {agreement}"
         figures[f"ours_{precision}"] = {
-            "images_per_second": count / seconds,
-            "ratio": count / seconds / figures["stock"]["images_per_second"],
+            "images_per_second": count / seconds[precision],
+            "ratio": seconds["stock"] / seconds[precision],
             "matched_iou": agreement,
             "kept_sets_equal": precision == "float32",
             "passed_of_all": ours.generator.work["masks_passed"] / (count * masks),
@@ -161,25 +164,37 @@ class _Ours:
         self.predictor = _sam.Predictor(copy.deepcopy(net), device, precision)
         self.generator = Generator(self.predictor, settings)
 
-    def __call__(self, images: Sequence[np.ndarray], batch: int) -> list[list[dict[str, Any]]]:
+    def __call__(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
         import torch
 
-        self.generator.work.clear()
         with torch.inference_mode():
-            prepared = [self.predictor.prepare(rgb) for rgb in images]
-            parts = [self.generator(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
-        return [masks for part in parts for masks in part]
+            return self.generator([self.predictor.prepare(rgb) for rgb in images])
 
 
-def _timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """What it returns and how long it took, after a first run on a GPU, which chooses kernels."""
+def _in_turn(
+    runs: dict[str, Callable[[Sequence[np.ndarray]], Any]], images: Sequence[np.ndarray], batch: int, device: str
+) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """What each makes of the images and how long it took, batch by batch in turn, so that all see the same machine.
+
+    On a GPU each has run a batch before, which chooses kernels.
+    """
     import torch
 
+    def settled() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     if device == "cuda":
-        run()
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    out = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return out, time.perf_counter() - began
+        for run in runs.values():
+            run(images[:batch])
+            if isinstance(run, _Ours):
+                run.generator.work.clear()
+    made: dict[str, list[Any]] = {name: [] for name in runs}
+    seconds = dict.fromkeys(runs, 0.0)
+    for i in range(0, len(images), batch):
+        for name, run in runs.items():
+            began = settled()
+            made[name] += run(images[i : i + batch])
+            seconds[name] += settled() - began
+    return made, seconds
