@@ -123,15 +123,17 @@ def embedded(network: T5EncoderModel, captions: Sequence[Sequence[int]], budget:
     with torch.inference_mode():
         for piece in packed([len(ids) for ids in captions], budget):
             longest = len(captions[piece[-1]])
-            ids = np.full((len(piece), longest), network.config.pad_token_id)
-            mask = np.zeros((len(piece), longest), np.int64)
+            padded = np.full((len(piece), longest), network.config.pad_token_id)
             for row, i in enumerate(piece):
-                ids[row, : len(captions[i])] = captions[i]
-                mask[row, : len(captions[i])] = 1
-            both = torch.from_numpy(np.stack([ids, mask]))
+                padded[row, : len(captions[i])] = captions[i]
+            ids = torch.from_numpy(padded)
+            beyond = torch.arange(longest) >= torch.tensor([[len(captions[i])] for i in piece])
             if device.startswith("cuda"):
-                both = both.pin_memory().to(device, non_blocking=True)
-            states = network(input_ids=both[0], attention_mask=both[1]).last_hidden_state
+                ids, beyond = (part.pin_memory().to(device, non_blocking=True) for part in (ids, beyond))
+            # The mask as attention adds it: of a plain one transformers asks the device whether anything is masked.
+            least = torch.finfo(network.dtype).min
+            mask = torch.zeros(beyond.shape, dtype=network.dtype, device=device).masked_fill_(beyond, least)
+            states = network(input_ids=ids, attention_mask=mask[:, None, None]).last_hidden_state
             out.update((i, states[row, : len(captions[i])]) for row, i in enumerate(piece))
     return [out[i] for i in range(len(captions))]
 
