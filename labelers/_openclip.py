@@ -78,7 +78,8 @@ def tower(state: Mapping[str, Tensor], kind: Kind, who: str) -> VisionTransforme
     It returns the embedding (n, out) and the patch tokens after the last norm (n, rows * cols, width). ValueError names
     the tensors that are missing or not its own.
     """
-    lacking = [name for name in ("conv1.weight", "positional_embedding", "proj") if name not in state]
+    needed = ("conv1.weight", "positional_embedding", "proj", "transformer.resblocks.0.mlp.c_fc.weight")
+    lacking = [name for name in needed if name not in state]
     if lacking:
         raise ValueError(f"{who}: expected the tensors of an image tower, found no {', '.join(lacking)}")
     made = blank(Shape.of(state), kind).to_empty(device=state["proj"].device)
