@@ -84,6 +84,22 @@ def _shards(checkpoint: str, index: str) -> list[str]:
     return names
 
 
+def describe(checkpoint: str, licence: str) -> weights.Weights:
+    """What a checkpoint is, hashed with all that decides what its network computes: tensors, config, preprocessor.
+
+    The preprocessor's file may be absent; FileNotFoundError when another is.
+    """
+    names = [FILE, CONFIG]
+    weights.beside(checkpoint, FILE)
+    try:
+        part(checkpoint, PREPROCESSOR)
+    except FileNotFoundError:
+        pass
+    else:
+        names.append(PREPROCESSOR)
+    return weights.describe_folder(checkpoint, names, licence=licence)
+
+
 def document(checkpoint: str, name: str) -> dict[str, Any]:
     """A JSON object of a checkpoint (`CONFIG`, `PREPROCESSOR`, ...); ValueError when the file is something else."""
     file = part(checkpoint, name)

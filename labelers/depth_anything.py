@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dataengine import weights
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.sample import Sample
 from dataengine.weights import Weights
@@ -59,7 +58,7 @@ class DepthAnything(Labeler):
     def weights(self) -> Weights:
         """The published weights, whose licence goes by their size."""
         licence = next((found for size, found in LICENCES.items() if f"-{size}-" in self.checkpoint), "unknown")
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence=licence)
+        return _huggingface.describe(self.checkpoint, licence)
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataengine import coco, weights
+from dataengine import coco
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.weights import Weights
 from labelers import _calibration, _huggingface, _images, _networks
@@ -56,7 +56,7 @@ class DFine(Labeler):
 
     def weights(self) -> Weights:
         """The published weights, Apache-2.0."""
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence="Apache-2.0")
+        return _huggingface.describe(self.checkpoint, "Apache-2.0")
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""

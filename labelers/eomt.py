@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataengine import coco, weights
+from dataengine import coco
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.sample import Sample
 from dataengine.weights import Weights
@@ -43,7 +43,7 @@ class Eomt(Labeler):
 
     def weights(self) -> Weights:
         """The published weights, MIT."""
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence="MIT")
+        return _huggingface.describe(self.checkpoint, "MIT")
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""

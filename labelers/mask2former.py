@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dataengine import coco, weights
+from dataengine import coco
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.sample import Sample
 from dataengine.weights import Weights
@@ -59,7 +59,7 @@ class Mask2Former(Labeler):
 
     def weights(self) -> Weights:
         """The published weights, for non-commercial use only."""
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence="CC-BY-NC-4.0")
+        return _huggingface.describe(self.checkpoint, "CC-BY-NC-4.0")
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""

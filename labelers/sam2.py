@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataengine import weights
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.weights import Weights
 from labelers import _huggingface, _networks, _sam, _sam_two
@@ -18,7 +17,7 @@ from labelers._sam_generator import Generator, Prepared, Settings
 class Sam2(Labeler):
     """All masks of an image as COCO run lengths, largest first, as `labelers/sam.py` describes them.
 
-    Hiera-L encodes an image in a seventh of the time of ViT-H, and is more accurate by its authors. The settings and
+    By its authors Hiera-L is faster and more accurate than ViT-H. The settings and
     their defaults are those of their automatic mask generator; its crops, and its second pass over the masks, are not
     here. The image is squeezed to the network's square and its masks are stretched back.
     """
@@ -46,7 +45,7 @@ class Sam2(Labeler):
 
     def weights(self) -> Weights:
         """The published weights, Apache-2.0."""
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence="Apache-2.0")
+        return _huggingface.describe(self.checkpoint, "Apache-2.0")
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""

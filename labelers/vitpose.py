@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from dataengine import weights
 from dataengine.labeler import Labeler, Loaded, Staged
 from dataengine.modalities.human_keypoints import NAMES
 from dataengine.sample import Sample
@@ -57,7 +56,7 @@ class VitPose(Labeler):
 
     def weights(self) -> Weights:
         """The published weights, Apache-2.0."""
-        return weights.describe(self.checkpoint, _huggingface.FILE, licence="Apache-2.0")
+        return _huggingface.describe(self.checkpoint, "Apache-2.0")
 
     def load(self, device: str) -> Loaded:
         """Read the network and put it on the device."""
