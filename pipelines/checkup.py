@@ -85,6 +85,7 @@ def _parameters() -> int:
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return 0
+    gc.collect()  # what is not in use any more must not be counted once and then not
     return sum(p.numel() for p in gc.get_objects() if issubclass(type(p), torch.nn.Parameter))
 
 
