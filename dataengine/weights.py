@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ class Weights:
     sha256: str
     licence: str
     random: bool
+    revision: str = ""
+    """The commit of the hub's repository that the files are of; empty for files from elsewhere, which have none."""
 
 
 def resolve(checkpoint: str, filename: str | None = None) -> Path:
     """The local file of a checkpoint: a local path, an fsspec URL (cached once), or a hub id with `filename`.
 
-    A local folder, or a URL that ends with "/", is taken as a hub layout that holds `filename`. FileNotFoundError says
-    what was tried.
+    A local folder, or a URL that ends with "/", is taken as a hub layout that holds `filename`; a hub id may end with
+    `@REVISION`, a branch, tag or commit. FileNotFoundError says what was tried.
     """
     local = Path(checkpoint).expanduser()
     if local.is_file():
@@ -73,11 +76,13 @@ def _from_url(url: str) -> Path:
         raise FileNotFoundError(f"{shown} {why}, {COPY}") from error
 
 
-def _from_hub(repo: str, filename: str) -> Path:
+def _from_hub(checkpoint: str, filename: str) -> Path:
     import huggingface_hub
 
+    repo, _, revision = checkpoint.partition("@")
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, local_files_only=offline()))
+        found = huggingface_hub.hf_hub_download(repo, filename, revision=revision or None, local_files_only=offline())
+        return Path(found)
     except (huggingface_hub.errors.EntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{filename} of {repo} {_why(repo, filename, error)}, {COPY}") from error
 
@@ -111,12 +116,18 @@ def describe(checkpoint: str, filename: str | None = None, *, licence: str) -> W
     return _described(checkpoint, file, _hashed(file), licence)
 
 
-def describe_folder(checkpoint: str, filenames: Iterable[str], *, licence: str) -> Weights:
+def describe_folder(
+    checkpoint: str, filenames: Iterable[str], *, licence: str, optional: Iterable[str] = ()
+) -> Weights:
     """Hash and describe a checkpoint of several files, as `describe` does one; the card is that of the first.
 
-    The hash is that of the lines of `sha256sum`: any file that changes, and any other name, changes it.
+    The hash is that of the lines of `sha256sum`: any file that changes, and any other name, changes it; so does an
+    `optional` one that is there.
     """
     files = {name: beside(checkpoint, name) for name in filenames}
+    for name in optional:
+        with suppress(FileNotFoundError):
+            files[name] = beside(checkpoint, name)
     lines = "".join(f"{_hashed(file)}  {name}\n" for name, file in files.items())
     return _described(checkpoint, next(iter(files.values())), hashlib.sha256(lines.encode()).hexdigest(), licence)
 
@@ -147,7 +158,14 @@ def _described(checkpoint: str, file: Path, sha256: str, licence: str) -> Weight
         sha256=sha256,
         licence="none (random weights)" if random else licence,
         random=random,
+        revision=_revision(file),
     )
+
+
+def _revision(file: Path) -> str:
+    """The commit that a file in the hub's cache is of: `.../snapshots/<commit>/<file>`."""
+    folders = file.parts[:-1]
+    return folders[folders.index("snapshots") + 1] if "snapshots" in folders[:-1] else ""
 
 
 def stated(file: Path) -> dict[str, Any]:

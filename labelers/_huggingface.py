@@ -89,15 +89,7 @@ def describe(checkpoint: str, licence: str) -> weights.Weights:
 
     The preprocessor's file may be absent; FileNotFoundError when another is.
     """
-    names = [FILE, CONFIG]
-    weights.beside(checkpoint, FILE)
-    try:
-        part(checkpoint, PREPROCESSOR)
-    except FileNotFoundError:
-        pass
-    else:
-        names.append(PREPROCESSOR)
-    return weights.describe_folder(checkpoint, names, licence=licence)
+    return weights.describe_folder(checkpoint, (FILE, CONFIG), optional=(PREPROCESSOR,), licence=licence)
 
 
 def document(checkpoint: str, name: str) -> dict[str, Any]:

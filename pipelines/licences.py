@@ -142,8 +142,9 @@ def _weights_terms(labeler: Labeler) -> tuple[str, str, Terms]:
     default checkpoint only, for another file somebody has to state it."""
     setting = {f.name: f for f in fields(labeler)}.get("checkpoint")
     checkpoint = "" if setting is None else str(getattr(labeler, "checkpoint"))  # noqa: B009
-    if checkpoint in PUBLISHED:
-        return checkpoint, PUBLISHED[checkpoint], terms(PUBLISHED[checkpoint])
+    published = PUBLISHED.get(checkpoint) or PUBLISHED.get(checkpoint.partition("@")[0])
+    if published is not None:
+        return checkpoint, published, terms(published)
     made = labeler.weights()
     if made is None:
         return checkpoint, "", "free"

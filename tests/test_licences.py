@@ -74,7 +74,7 @@ def published() -> list[tuple[str, Any]]:
 def test_every_labeler_has_a_known_licence_and_claims_the_same(
     name: str, labeler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def claimed(checkpoint: str, files: object = None, *, licence: str) -> Weights:
+    def claimed(checkpoint: str, files: object = None, *, licence: str, optional: object = ()) -> Weights:
         return Weights(checkpoint, "", licence, False)
 
     monkeypatch.setattr(weights, "describe", claimed)
