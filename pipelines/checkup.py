@@ -217,6 +217,8 @@ def lines(found: Finding) -> list[str]:
         out.append(found.detail)
     if found.gate and found.outcome == "no weights":
         out.append(found.gate)
+    if found.outcome == "no weights":
+        out.append(f"to fetch them now: dataengine doctor labelers {found.labeler} --download")
     if found.sha256:
         out.append(f"weights {found.source}, sha256 {found.sha256[:16]}; licence {found.licence}")
     if found.measured is not None:
