@@ -162,4 +162,4 @@ def _row(codec: Any, column: Column, value: Any, crops: Any, size: tuple[int, in
         return value
     variants = codec.variants(value, crops, size)
     # An empty text (no caption, no box) is a valid label only where its grammar has a word for "nothing".
-    return [[text.encode(piece) for piece in pieces] for pieces in variants] or None
+    return [[text.encode(p) if isinstance(p, str) else p for p in pieces] for pieces in variants] or None

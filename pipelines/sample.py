@@ -15,11 +15,12 @@ from dataengine import modalities
 from dataengine.manifest import Dataset
 from dataengine.modalities import TextLike
 from dataengine.packed import Packed
+from model import tokenizers
 from model.batches import normalised
 from model.fourm import FourM
 from model.generate import Step, generate
+from model.tokenizers._vq import VQ
 from model.tokenizers.text import TextTokenizer
-from model.tokenizers.vqvae import VQVAE
 from pipelines.tokenize import tokenizers_in
 from pipelines.train import packed_shards
 
@@ -36,11 +37,11 @@ class Tokenizers:
         return TextTokenizer.load(Path(self.folder) / "text.json")
 
     @cached_property
-    def maps(self) -> dict[str, VQVAE]:
+    def maps(self) -> dict[str, VQ]:
         """The map tokenizers by modality."""
-        return {name: VQVAE.load(path) for name, path in tokenizers_in(self.folder).items()}
+        return {name: tokenizers.read(path) for name, path in tokenizers_in(self.folder).items()}
 
-    def of(self, column: str) -> VQVAE:
+    def of(self, column: str) -> VQ:
         """The tokenizer of a token column such as `tok_depth@64`."""
         return self.maps[column.removeprefix("tok_").split("@")[0]]
 

@@ -4,6 +4,7 @@ the image, for features are made on the way to their tokens and never stored."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,9 +56,9 @@ class Tokenize(Labeler):
 
     def load(self, device: str) -> Loaded:
         """Load the VQ-VAE; crops of a batch are tokenised together."""
-        from model.tokenizers.vqvae import VQVAE
+        from model import tokenizers
 
-        tokenizer = VQVAE.load(weights.resolve(self.checkpoint)).to(device)
+        tokenizer = tokenizers.read(weights.resolve(self.checkpoint)).to(device)
         codec = modalities.load(self.modality)
         (column,) = self.emits
 
@@ -138,11 +139,11 @@ class TokenizeFeatures(Labeler):
 
     def load(self, device: str) -> Loaded:
         """Load the feature network and the VQ-VAE onto one device."""
-        from model.tokenizers.vqvae import VQVAE
+        from model import tokenizers
 
         network = self.features.load(device)
         prepare, label = (network.prepare, network.label) if isinstance(network, Staged) else (lambda s: s, network)
-        tokenizer = VQVAE.load(weights.resolve(self.checkpoint)).to(device)
+        tokenizer = tokenizers.read(weights.resolve(self.checkpoint)).to(device)
         codec, at_once = modalities.load(self.modality), self.features.batch_size
         (column,) = self.emits
 
@@ -175,11 +176,10 @@ def _split(ids: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def _shape(checkpoint: str, sha256: str) -> tuple[int, int]:
-    from model.tokenizers.vqvae import VQVAE
+    from model import tokenizers
 
-    tokenizer = VQVAE.load(weights.resolve(checkpoint))
-    rows, cols = tokenizer.grid
-    return tokenizer.vocab_size, rows * cols
+    tokenizer = tokenizers.read(weights.resolve(checkpoint))
+    return tokenizer.vocab_size, math.prod(tokenizer.grid)
 
 
 def tokenizers_in(folder: str | Path) -> dict[str, Path]:
@@ -196,7 +196,7 @@ def labelers(folder: str | Path, wanted: Sequence[str], makers: Sequence[Labeler
     A version is tokenised to a version of the tokens: `depth@v2` to `tok_depth@64@v2`. Dense features are made on the
     way, by the first of `makers` (`label.candidates`; by default every labeler with its default settings).
     """
-    from model.tokenizers.vqvae import VQVAE
+    from model import tokenizers
 
     found = tokenizers_in(folder)
     out: list[Labeler] = []
@@ -205,7 +205,7 @@ def labelers(folder: str | Path, wanted: Sequence[str], makers: Sequence[Labeler
         name = modality.split("@")[0]
         if name not in found:
             raise ValueError(f"no tokenizer for {name!r} in {folder}; it holds: {', '.join(found)}")
-        side = VQVAE.load(found[name]).config.image_size
+        side = tokenizers.read(found[name]).image_size
         tokenizer: Labeler = Tokenize(modality=name, checkpoint=str(found[name]), side=side)
         reads: tuple[tuple[str, str], ...] = ((name, f"{name}@{version}"),)
         if modalities.load(name).kind == "grid":

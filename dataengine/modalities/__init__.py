@@ -74,22 +74,35 @@ class Modality(ABC):
         """How to show the value beside its image."""
 
 
+Piece = str | Sequence[int]
+"""A piece of a serialised value: text, which a text tokenizer turns into ids, or numbers 0..65535 kept as they are."""
+
+
 class TextLike(Modality):
     """A modality that a sequence model reads as text (ml-4m's grammars): a value becomes variants of pieces.
 
     `variants` returns lists of pieces: the variant read is that of the crop row (`choice = "crop"`) or any of them
-    (`choice = "any"`); pieces are joined by a space, in random order when `shuffle`, and masked piece by piece when
-    `chunked`.
+    (`choice = "any"`). Whoever trains draws the rest, every time anew: `assemble` orders the pieces of a variant, whose
+    text is by then ids. They are joined, or masked piece by piece when `chunked`.
     """
 
     choice: ClassVar[Literal["crop", "any"]] = "any"
     shuffle: ClassVar[bool] = False
     chunked: ClassVar[bool] = False
     max_tokens: ClassVar[int] = 256
+    packs_as: ClassVar[str] = ""
+    """The modality that a model knows it by, where that is not its own name."""
 
     @abstractmethod
-    def variants(self, value: Any, crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+    def variants(self, value: Any, crops: Sequence[Crop], size: tuple[int, int]) -> list[list[Piece]]:
         """The text of a value: variants x pieces, before any random choice."""
+
+    def assemble(self, pieces: Sequence[Sequence[int]], rng: np.random.Generator) -> list[Sequence[int]]:
+        """One draw of ml-4m's serialisation: the pieces of a variant, as ids, in the order in which they are read.
+
+        In the order that they are in, or in a random one when `shuffle`.
+        """
+        return [pieces[i] for i in rng.permutation(len(pieces))] if self.shuffle else list(pieces)
 
     @abstractmethod
     def parse(self, text: str) -> tuple[Any, list[str]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Kind, Picture, TextLike
+from dataengine.modalities import Kind, Picture, Piece, TextLike
 from dataengine.modalities._text import SPECIAL, quoted, until_end
 
 
@@ -59,7 +59,7 @@ class Caption(TextLike):
         """Unchanged: what a crop cuts off, and the left and right of a mirrored one, stay in the words."""
         return value
 
-    def variants(self, value: list[str], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+    def variants(self, value: list[str], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[Piece]]:
         """One piece a caption, unmodified."""
         return [[caption] for caption in value]
 

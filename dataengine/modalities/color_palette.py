@@ -10,7 +10,7 @@ import numpy as np
 
 from dataengine import codecs
 from dataengine.geometry import Crop
-from dataengine.modalities import Kind, Picture, TextLike, _draw
+from dataengine.modalities import Kind, Picture, Piece, TextLike, _draw
 from dataengine.modalities import _checks as expect
 from dataengine.modalities._text import INT, quoted, until_end
 
@@ -64,7 +64,7 @@ class ColorPalette(TextLike):
         """Unchanged: it is of the whole image."""
         return value
 
-    def variants(self, value: list[dict[str, Any]], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+    def variants(self, value: list[dict[str, Any]], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[Piece]]:
         """Seven variants of one piece: `v1=n` and n times `v0=r v0=g v0=b`, each rounded to whole levels."""
         return [[self._text(value[0][str(n)])] for n in SIZES]
 

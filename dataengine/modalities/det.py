@@ -10,7 +10,7 @@ import numpy as np
 
 from dataengine import coco, codecs
 from dataengine.geometry import Crop, crop_boxes
-from dataengine.modalities import Kind, Picture, TextLike, _draw
+from dataengine.modalities import Kind, Picture, Piece, TextLike, _draw
 from dataengine.modalities import _checks as expect
 from dataengine.modalities._text import INT, NUM_BINS, quoted, until_end
 
@@ -79,13 +79,13 @@ class Det(TextLike):
         whole = [{**i, "boxes": box} for i, box, keep in zip(instances, boxes.tolist(), kept, strict=True) if keep]
         return {**value, "instances": whole}
 
-    def variants(self, value: dict[str, Any], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+    def variants(self, value: dict[str, Any], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[Piece]]:
         """For each crop one piece an instance, those nearest to the top left corner first (ml-4m's dist_to_orig)."""
         sure = {"instances": [i for i in value["instances"] if i["score"] >= self.threshold]}
         return [self._pieces(self.crop(sure, crop, size, 0)["instances"]) for crop in crops]
 
     @staticmethod
-    def _pieces(instances: list[dict[str, Any]]) -> list[str]:
+    def _pieces(instances: list[dict[str, Any]]) -> list[Piece]:
         ordered = sorted(instances, key=lambda i: i["boxes"][0] ** 2 + i["boxes"][1] ** 2)
         return [
             " ".join(f"v{axis}={round(x * (NUM_BINS - 1))}" for axis, x in enumerate(i["boxes"]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataengine import codecs, plugins
 from dataengine.geometry import Crop
-from dataengine.modalities import Kind, Picture, TextLike
+from dataengine.modalities import Kind, Picture, Piece, TextLike
 from dataengine.modalities import _checks as expect
 from dataengine.modalities._text import INT, NUM_BINS, quoted, until_end
 
@@ -137,7 +137,7 @@ class Metadata(TextLike):
         """Unchanged: it is of the whole image."""
         return value
 
-    def variants(self, value: dict[str, Any], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[str]]:
+    def variants(self, value: dict[str, Any], crops: Sequence[Crop], size: tuple[int, int]) -> list[list[Piece]]:
         """One variant of pieces `v1=<id> v0=<bin>`, by id."""
         return [[f"v1={i} v0={k.to_bin(value[k.key])}" for i, k in enumerate(KINDS) if k.key in value]]
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataengine import plugins
+
+if TYPE_CHECKING:
+    from model.domains import Domain
+    from model.tokenizers._vq import VQ
 
 
 class Tokenizer(ABC):
@@ -58,3 +62,13 @@ def names() -> list[str]:
 def load(name: str) -> type[Tokenizer]:
     """The tokenizer class in the file `<name>.py`; ValueError for an unknown name."""
     return plugins.load(__name__, name, Tokenizer)
+
+
+def read(path: str | Path, domain: Domain | None = None) -> VQ:
+    """The network tokenizer in a file, ours or ml-4m's, in evaluation mode: VQVAE, DiVAE or whatever its settings ask.
+
+    ml-4m's files do not name their domain: with None the tokenizer then takes tensors only.
+    """
+    from model.tokenizers import _files
+
+    return _files.read(Path(path), domain)
