@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
 
 from model import domains
 from model.tokenizers.vqvae import VQVAEConfig
@@ -88,9 +90,94 @@ def test_normals_come_back_with_unit_length() -> None:
     np.testing.assert_allclose(back[0][0, 0], [0, 0.6, -0.8], atol=1e-6)
 
 
+def test_masks_are_zeros_and_ones_of_either_type_and_logits_come_back() -> None:
+    mask = RNG.uniform(size=(64, 64)) < 0.3
+    x = domains.SamMask().to_network([mask])
+    assert x.shape == (1, 1, 64, 64)
+    assert torch.equal(x, domains.SamMask().to_network([mask.astype(np.uint8)]))
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    back = domains.SamMask().from_network(x * 8 - 4)[0]
+    assert back.dtype == np.bool_
+    assert np.array_equal(back, mask)
+
+
+def test_vectors_and_poses_are_columns_of_one_place() -> None:
+    vector = RNG.normal(size=768).astype(np.float16)
+    domain = domains.Vector(channels=768)
+    x = domain.to_network([vector, vector])
+    assert (x.shape, x.dtype) == ((2, 768, 1, 1), torch.float32)
+    assert np.array_equal(domain.from_network(x)[1], vector.astype(np.float32))
+
+    pose = Rotation.random(23, random_state=0).as_matrix().astype(np.float32).reshape(207)
+    x = domains.Poses().to_network([pose])
+    assert x.shape == (1, 207, 1, 1)
+    np.testing.assert_allclose(domains.Poses().from_network(x)[0], pose, atol=1e-6)
+    assert np.array_equal(domains.Poses(rotations=False).from_network(x * 2)[0], pose * 2)
+
+
+def test_poses_come_back_as_the_nearest_rotations() -> None:
+    noisy = np.eye(3)[None] + RNG.normal(size=(23, 3, 3)) * 0.3
+    noisy[0, 0] *= -1  # a mirror is no rotation
+    x = torch.from_numpy(noisy.astype(np.float32)).reshape(1, 207, 1, 1)
+    back = domains.Poses().from_network(x)[0].reshape(23, 3, 3)
+    # scipy's solution of the same problem: the rotation that aligns the rows of the identity with those of the matrix
+    expected = [Rotation.align_vectors(m.T, np.eye(3))[0].as_matrix() for m in noisy]
+    np.testing.assert_allclose(back, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [
+        (domains.Features(channels=3, criterion="mse"), F.mse_loss),
+        (domains.Features(channels=3, criterion="l1"), F.l1_loss),
+        (domains.Features(channels=3), F.smooth_l1_loss),
+        (domains.Normal(criterion="cosine_1d"), lambda a, b: 1 - F.cosine_similarity(a, b, dim=1).mean()),
+        (
+            domains.Features(channels=3, criterion="cosine"),
+            lambda a, b: 1 - (F.normalize(a.flatten(2), dim=2) * F.normalize(b.flatten(2), dim=2)).sum(2).mean(),
+        ),
+        (domains.Depth(smooth_at=0.5), lambda a, b: F.smooth_l1_loss(a, b, beta=0.5)),
+        (domains.Depth(criterion="l1", smooth_at=0.5), F.l1_loss),
+        (domains.Edges(criterion="smooth_l1"), F.smooth_l1_loss),
+        (domains.Vector(channels=3), lambda a, b: 1 - F.cosine_similarity(a, b, dim=1).mean()),
+        (domains.Poses(), F.smooth_l1_loss),
+    ],
+    ids=repr,
+)
+def test_losses_are_those_of_their_names(domain, expected) -> None:
+    g = torch.Generator().manual_seed(0)
+    out, target = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 3, 4, 4, generator=g)
+    assert float(domain.loss(out, target)) == pytest.approx(float(expected(out, target)), rel=1e-6)
+
+
+def test_4ms_cross_entropy_of_masks_is_not_zero_when_all_is_right() -> None:
+    x = domains.SamMask().to_network([RNG.uniform(size=(8, 8)) < 0.5])
+    sure = (x * 2 - 1) * 100
+    assert float(domains.SamMask().loss(sure, x)) == pytest.approx(0, abs=1e-6)
+    theirs = domains.SamMask(criterion="binary_cross_entropy")
+    assert float(theirs.loss(sure, x)) == pytest.approx(np.log1p(np.exp(-1)), rel=1e-5)
+    p = 1 / (1 + np.exp(-0.7))
+    one = torch.ones(1, 1, 1, 1)
+    expected = np.log(np.exp(p) + np.exp(1 - p)) - p
+    assert float(theirs.loss(0.7 * one, one)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_edges_may_be_three_equal_channels() -> None:
+    domain = domains.Edges(channels=3)
+    x = domain.to_network([MAPS["edges"]])
+    assert x.shape == (1, 3, 8, 8)
+    assert torch.equal(x[:, :1].expand_as(x), x)
+    assert np.array_equal(domain.from_network(x)[0], MAPS["edges"])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: domains.Rgb(criterion="bce"), "rgb criterion 'bce', expected one of mse, l1, smooth_l1"),
+        (lambda: domains.SamMask().to_network([np.full((4, 4), 255, np.uint8)]), "value 255, expected 0 and 1"),
+        (lambda: domains.Poses().to_network([np.zeros((23, 3, 3), np.float32)]), r"expected float32 \(207,\)"),
+        (lambda: domains.Vector(channels=4).to_network([]), "no vectors"),
+        (lambda: domains.Edges(channels=2), "2 channels, expected 1 or 3"),
         (lambda: domains.named("thermal"), "domain 'thermal', expected one of rgb"),
         (lambda: domains.named("depth", {"scale": 2}), "unknown settings"),
         (lambda: domains.Depth(mapping="linear"), "expected fixed or standardised"),

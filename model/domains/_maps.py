@@ -1,15 +1,11 @@
-"""What a map looks like as network input, per kind of map, and back: the ranges and losses a VQ-VAE is trained with.
-
-A domain is its settings; they are saved with the tokenizer. B batch, C channels, H W pixels.
-"""
+"""Domains of maps of pixels."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,42 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-Map = NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Domain(ABC):
-    """Between numpy maps of one kind and network tensors."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def to_network(self, values: Sequence[Map]) -> Tensor:
-        """Maps of one size as float32 (B, C, H, W), or int64 (B, H, W) classes."""
-
-    @abstractmethod
-    def from_network(self, out: Tensor) -> list[Map]:
-        """Maps from a network's output (B, C, H, W)."""
-
-    @abstractmethod
-    def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """The mean reconstruction loss of a network's output (B, C, H, W) against `to_network`'s tensor."""
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that `named` needs to make this domain again, beside its name."""
-        return asdict(self)
-
-
-def _stacked(values: Sequence[Map], dtype: type, channels: int | None, what: str) -> Tensor:
-    """Maps (H, W) or (H, W, C) of the given dtype as one tensor with the batch first."""
-    if len(values) == 0:
-        raise ValueError(f"{what}: no maps, expected at least one")
-    shape = values[0].shape
-    for value in values:
-        if value.dtype != dtype or value.shape != shape or value.shape[2:] != ((channels,) if channels else ()):
-            expected = f"{np.dtype(dtype)} (h, w{f', {channels}' if channels else ''}) maps of one size"
-            raise ValueError(f"{what}: expected {expected}, got {value.dtype} {value.shape}")
-    return torch.from_numpy(np.stack(values))
+from model.domains._base import Domain, Map, measured, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +21,17 @@ class Rgb(Domain):
     """Images, uint8 (H, W, 3), as [-1, 1]; squared error."""
 
     name: ClassVar[str] = "rgb"
+    criteria: ClassVar[tuple[str, ...]] = ("mse", "l1", "smooth_l1")
+    criterion: str = "mse"
+
+    @property
+    def num_channels(self) -> int:
+        """Red, green and blue."""
+        return 3
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
         """0..255 to [-1, 1]."""
-        return _stacked(values, np.uint8, 3, self.name).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return stacked(values, np.uint8, 3, self.name).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def from_network(self, out: Tensor) -> list[Map]:
         """Clipped and rounded to 0..255."""
@@ -71,8 +39,8 @@ class Rgb(Domain):
         return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error in [-1, 1]."""
-        return F.mse_loss(out.float(), target)
+        """By the criterion, in [-1, 1]."""
+        return measured(self.criterion, out, target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +48,25 @@ class Normal(Domain):
     """Surface normals, unit vectors float32 (H, W, 3), as they are; squared error."""
 
     name: ClassVar[str] = "normal"
+    criteria: ClassVar[tuple[str, ...]] = ("mse", "l1", "smooth_l1", "cosine_1d")
+    criterion: str = "mse"
+
+    @property
+    def num_channels(self) -> int:
+        """x, y and z."""
+        return 3
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
         """Unchanged but for the layout."""
-        return _stacked(values, np.float32, 3, self.name).permute(0, 3, 1, 2).contiguous()
+        return stacked(values, np.float32, 3, self.name).permute(0, 3, 1, 2).contiguous()
 
     def from_network(self, out: Tensor) -> list[Map]:
         """Scaled to unit length."""
         return list(F.normalize(out.float(), dim=1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the vectors, which is what pulls the mean angle down."""
-        return F.mse_loss(out.float(), target)
+        """By the criterion; the squared error of unit vectors is what pulls the mean angle down."""
+        return measured(self.criterion, out, target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +79,27 @@ class Depth(Domain):
     """
 
     name: ClassVar[str] = "depth"
+    criteria: ClassVar[tuple[str, ...]] = ("smooth_l1", "mse", "l1")
+    criterion: str = "smooth_l1"
     mapping: Literal["fixed", "standardised"] = "fixed"
     nearest: float = 0.02  # of the full range: 0.4 m of 20 m
-    smooth_at: float = 1.0  # where the loss turns from squared to absolute error
+    smooth_at: float = 1.0  # where smooth L1 turns from squared to absolute error
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mapping not in ("fixed", "standardised"):
             raise ValueError(f"depth mapping {self.mapping!r}, expected fixed or standardised")
         if not 0 < self.nearest < 1:
             raise ValueError(f"nearest depth {self.nearest}, expected a share of the full range in (0, 1)")
 
+    @property
+    def num_channels(self) -> int:
+        """One."""
+        return 1
+
     def to_network(self, values: Sequence[Map]) -> Tensor:
         """One channel, by the mapping."""
-        depth = _stacked(values, np.float32, None, self.name)[:, None]
+        depth = stacked(values, np.float32, None, self.name)[:, None]
         if self.mapping == "standardised":
             return _standardised(depth)
         return 1 - 2 * depth.clamp(self.nearest, 1).log() / math.log(self.nearest)
@@ -129,8 +112,10 @@ class Depth(Domain):
         return list(value.cpu().numpy())
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """Smooth L1."""
-        return F.smooth_l1_loss(out.float(), target, beta=self.smooth_at)
+        """By the criterion."""
+        if self.criterion == "smooth_l1":
+            return F.smooth_l1_loss(out.float(), target, beta=self.smooth_at)
+        return measured(self.criterion, out, target)
 
 
 def _standardised(depth: Tensor) -> Tensor:
@@ -151,14 +136,22 @@ class Semseg(Domain):
     """
 
     name: ClassVar[str] = "semseg"
+    criteria: ClassVar[tuple[str, ...]] = ("cross_entropy",)
+    criterion: str = "cross_entropy"
     num_classes: int = 133  # COCO panoptic
     classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.num_classes <= 255:
             raise ValueError(f"num_classes {self.num_classes}, expected 1..255")
         if tuple(sorted({c for c in self.classes if 0 <= c < self.num_classes})) != self.classes:
             raise ValueError(f"classes {self.classes}, expected ascending ids in 0..{self.num_classes - 1}")
+
+    @property
+    def num_channels(self) -> None:
+        """None: classes, of which there are `num_labels`."""
+        return None
 
     @property
     def num_labels(self) -> int:
@@ -173,7 +166,7 @@ class Semseg(Domain):
         """int64 (B, H, W) in 0..num_labels-1."""
         table = np.full(256, -1)
         table[self._ids()] = np.arange(self.num_labels)
-        stored = _stacked(values, np.uint8, None, self.name)
+        stored = stacked(values, np.uint8, None, self.name)
         out = torch.from_numpy(table)[stored.long()]
         if int(out.min()) < 0:
             expected = f"one of {self.classes}" if self.classes else f"0..{self.num_classes - 1}"
@@ -186,60 +179,75 @@ class Semseg(Domain):
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
         """Cross entropy per pixel."""
-        return F.cross_entropy(out.float(), target)
+        return measured(self.criterion, out, target)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edges(Domain):
-    """Binary edges, uint8 (H, W) of 0 and 255, as one channel of -1 and 1; an output above 0 is an edge."""
+    """Binary edges, uint8 (H, W) of 0 and 255, as -1 and 1; an output above 0 is an edge.
+
+    `channels` 3 is the same map three times, as ml-4m's loader of edges gives it; the mean of an output's counts.
+    """
 
     name: ClassVar[str] = "edges"
-    criterion: Literal["mse", "bce"] = "mse"  # on thin edges squared error gave F1 0.72, cross entropy 0.70
+    # On thin edges squared error gave F1 0.72, cross entropy 0.70. ml-4m takes smooth_l1.
+    criteria: ClassVar[tuple[str, ...]] = ("mse", "l1", "smooth_l1", "bce")
+    criterion: str = "mse"
+    channels: Literal[1, 3] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in (1, 3):
+            raise ValueError(f"edges: {self.channels} channels, expected 1 or 3")
+
+    @property
+    def num_channels(self) -> int:
+        """As the setting."""
+        return self.channels
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
         """0 to -1, 255 to 1."""
-        return _stacked(values, np.uint8, None, self.name)[:, None].float() / 127.5 - 1
+        edges = stacked(values, np.uint8, None, self.name)[:, None].float() / 127.5 - 1
+        return edges.repeat(1, self.channels, 1, 1)
 
     def from_network(self, out: Tensor) -> list[Map]:
         """255 where the output is above 0."""
-        return list(((out[:, 0] > 0).to(torch.uint8) * 255).cpu().numpy())
+        return list(((out.float().mean(dim=1) > 0).to(torch.uint8) * 255).cpu().numpy())
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """Squared error in [-1, 1], or binary cross entropy on logits."""
-        if self.criterion == "mse":
-            return F.mse_loss(out.float(), target)
-        return F.binary_cross_entropy_with_logits(out.float(), (target + 1) / 2)
+        """By the criterion, in [-1, 1]; `bce` takes the output for logits."""
+        return measured(self.criterion, out, (target + 1) / 2 if self.criterion == "bce" else target)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features(Domain):
-    """Dense features, float32 (h, w, channels) or float16 as they are stored, as they are; smooth L1."""
+class SamMask(Domain):
+    """Masks of single things in their boxes, bool or uint8 0/1 (H, W), as one channel of 0 and 1; outputs are logits.
 
-    name: ClassVar[str] = "features"
-    channels: int
+    `criterion="binary_cross_entropy"` is ml-4m's loss of that name, which is another than the name says: see
+    `CRITERIA`. Its outputs are logits all the same.
+    """
+
+    name: ClassVar[str] = "sam_mask"
+    criteria: ClassVar[tuple[str, ...]] = ("bce", "binary_cross_entropy")
+    criterion: str = "bce"
+
+    @property
+    def num_channels(self) -> int:
+        """One."""
+        return 1
 
     def to_network(self, values: Sequence[Map]) -> Tensor:
-        """Unchanged but for the layout."""
-        values = [v.astype(np.float32) if v.dtype == np.float16 else v for v in values]
-        return _stacked(values, np.float32, self.channels, self.name).permute(0, 3, 1, 2).contiguous()
+        """0 and 1."""
+        masks = [v.view(np.uint8) if v.dtype == np.bool_ else v for v in values]
+        out = stacked(masks, np.uint8, None, self.name)[:, None]
+        if int(out.max()) > 1:
+            raise ValueError(f"{self.name}: value {int(out.max())}, expected 0 and 1 alone")
+        return out.float()
 
     def from_network(self, out: Tensor) -> list[Map]:
-        """Unchanged but for the layout."""
-        return list(out.float().permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        """Bool (H, W), true where the logit is above 0."""
+        return list((out[:, 0] > 0).cpu().numpy())
 
     def loss(self, out: Tensor, target: Tensor) -> Tensor:
-        """Smooth L1."""
-        return F.smooth_l1_loss(out.float(), target)
-
-
-_DOMAINS: dict[str, type[Domain]] = {d.name: d for d in (Rgb, Normal, Depth, Semseg, Edges, Features)}
-
-
-def named(name: str, settings: dict[str, Any] | None = None) -> Domain:
-    """The domain of that name with the given settings; ValueError for a name or a setting it does not have."""
-    if name not in _DOMAINS:
-        raise ValueError(f"domain {name!r}, expected one of {', '.join(_DOMAINS)}")
-    unknown = set(settings or {}) - {f.name for f in fields(_DOMAINS[name])}
-    if unknown:
-        raise ValueError(f"domain {name}: unknown settings {sorted(unknown)}")
-    return _DOMAINS[name](**(settings or {}))
+        """By the criterion."""
+        return measured(self.criterion, out, target)
