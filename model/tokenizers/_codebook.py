@@ -112,10 +112,10 @@ class Codebook(nn.Module):
         if self.replacement == "batch_random":
             drawn = _sync.sample(self._unit(z_NL), len(dead), self.generator)
         else:
+            # Stable, so that equals are the same everywhere; ml-4m leaves their order to the processor.
             used = self.cluster_size.argsort(descending=True, stable=True)[: len(dead)]
-            drawn = self.embed[used]
-            noise = torch.randn(drawn.shape, generator=self.generator).to(drawn.device)
-            drawn = F.normalize(drawn + _SPLIT * _sync.of_first(noise), dim=-1)
+            noise = torch.randn(len(used), self.embed.shape[1], generator=self.generator).to(used.device)
+            drawn = _sync.of_first(F.normalize(self.embed[used] + _SPLIT * noise, dim=-1))
         self.embed[dead] = drawn
 
     @torch.no_grad()

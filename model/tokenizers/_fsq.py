@@ -56,7 +56,8 @@ class FSQ(nn.Module):
     def lookup(self, ids: Tensor) -> Tensor:
         """The codes (B, L, h, w) of ids (B, h, w)."""
         digits = ids[..., None] // self.radix % self.counts
-        return self._merged(digits - self.counts // 2)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self._merged(digits - self.counts // 2)
 
     def _merged(self, steps_BhwD: Tensor) -> Tensor:
         """Whole steps from the middle level, -counts // 2 and up, as codes in [-1, 1] through the last layer."""

@@ -49,7 +49,8 @@ class Quantizer(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """The codes (B, L, h, w) of ids (B, h, w) or (B, H, h, w): stored rows, of any length."""
-        return self._merged(F.embedding(ids if self.heads > 1 else ids[:, None], self._codebook.embed))
+        with torch.autocast(ids.device.type, enabled=False):
+            return self._merged(F.embedding(ids if self.heads > 1 else ids[:, None], self._codebook.embed))
 
     def _merged(self, codes_BHhwL: Tensor) -> Tensor:
         """The heads side by side, through the last linear layer: (B, L, h, w)."""
