@@ -285,10 +285,13 @@ def test_a_file_of_4m_loads_without_our_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"quant_type": "memcodes"}, "quant_type 'memcodes', expected 'lucid'"),
-        ({"norm_codes": "False"}, "norm_codes False, expected True"),
+        ({"quant_type": "rvq"}, "quant_type 'rvq', expected one of lucid"),
+        ({"norm_codes": "1"}, "norm_codes 1, expected"),
+        ({"codebook_size": "True"}, "codebook_size True, expected"),
         ({"codebook_size": "many"}, "codebook_size 'many', expected"),
-        ({"domain_settings": "__import__('os').getcwd()", "domain": "rgb"}, "unknown settings"),
+        ({"domain_settings": "__import__('os').getcwd()", "domain": "rgb"}, "getcwd.*, expected a dict"),
+        ({"domain_settings": "{'scale': 2}", "domain": "rgb"}, "unknown settings"),
+        ({"domain_settings": "{}", "domain": "thermal"}, "domain 'thermal', expected one of rgb"),
     ],
 )
 def test_a_header_that_we_cannot_follow_is_refused(tmp_path: Path, setting: dict[str, str], message: str) -> None:

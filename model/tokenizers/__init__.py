@@ -64,11 +64,14 @@ def load(name: str) -> type[Tokenizer]:
     return plugins.load(__name__, name, Tokenizer)
 
 
-def read(path: str | Path, domain: Domain | None = None) -> VQ:
-    """The network tokenizer in a file, ours or ml-4m's, in evaluation mode: VQVAE, DiVAE or whatever its settings ask.
+def read(source: str | Path, domain: Domain | None = None, *, ema: bool = False, encoder_only: bool = False) -> VQ:
+    """The network tokenizer of a file, ours or ml-4m's, in evaluation mode: VQVAE, DiVAE or whatever its settings ask.
 
-    ml-4m's files do not name their domain: with None the tokenizer then takes tensors only.
+    `source` is a safetensors file, a folder with config.json and model.safetensors, a repository id of the Hugging
+    Face hub, or a `.pth` of ml-4m's trainer. Files of ml-4m that do not name their domain give a tokenizer of tensors
+    only, unless it is told here. `ema` asks a `.pth` for its averaged weights; `encoder_only` leaves the decoder out.
+    ValueError for settings that are unknown, and for weights too few or too many, by their names.
     """
     from model.tokenizers import _files
 
-    return _files.read(Path(path), domain)
+    return _files.read(source, domain, ema=ema, encoder_only=encoder_only)

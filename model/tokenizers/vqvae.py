@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model import domains
 from model.domains import Map
+from model.tokenizers._mlp import BottleneckMLP, is_mlp, mlp_size
 from model.tokenizers._quantize import Usage, usage
 from model.tokenizers._vit import ViTDecoder, vit_size
 from model.tokenizers._vq import VQ, VQConfig
@@ -19,7 +20,7 @@ from model.tokenizers._vq import VQ, VQConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAEConfig(VQConfig):
-    """`VQConfig` and the decoder; `dec_type` also takes `vit_<width>x<blocks>x<heads>_dec`."""
+    """`VQConfig` and the decoder, which `dec_type` names as `enc_type` does the encoder."""
 
     image_size_dec: int | None = None
     dec_type: str = "vit_b_dec"
@@ -28,37 +29,39 @@ class VQVAEConfig(VQConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        patch = self.patch_size_dec or self.patch_size
-        if self.dec_size % patch:
-            raise ValueError(f"image size {self.dec_size}, expected a multiple of the patch size {patch}")
+        if not is_mlp(self.dec_type) and self.dec_size % self.dec_patch:
+            raise ValueError(f"image size {self.dec_size}, expected a multiple of the patch size {self.dec_patch}")
 
     @property
     def dec_size(self) -> int:
         """The image size the decoder's position table is made for."""
         return self.image_size_dec or self.image_size
 
+    @property
+    def dec_patch(self) -> int:
+        """The patch size of the decoder's position table, and of its output unless that is a feature map."""
+        return self.patch_size_dec or self.patch_size
+
 
 class VQVAE(VQ):
-    """ViT encoder, quantizer, ViT decoder; state-dict keys are ml-4m's."""
+    """Encoder, quantizer, decoder, each half a ViT or an MLP; state-dict keys are ml-4m's."""
 
     Config = VQVAEConfig
     config: VQVAEConfig
+    decoder: ViTDecoder | BottleneckMLP
 
     def _build(self, config: VQConfig) -> None:
         assert isinstance(config, VQVAEConfig)
         super()._build(config)
-        patch = (config.patch_size_dec or config.patch_size) if config.patch_proj else None
-        grid, size = config.dec_size // (patch or config.patch_size), vit_size(config.dec_type, "dec")
-        out_channels = config.n_labels or config.n_channels
-        self.decoder = ViTDecoder(out_channels, patch, (grid, grid), size, config.post_mlp, config.out_conv)
-        self.post_quant_proj = nn.Conv2d(config.latent_dim, size[0], 1)
+        self.decoder, width = _decoder(config)
+        self.post_quant_proj = nn.Conv2d(config.latent_dim, width, 1)
 
     def decode_tokens(self, ids: Tensor) -> Tensor:
-        """Ids int64 (B, h, w) to network output (B, C, H, W)."""
+        """Ids int64 (B, *grid) to network output (B, C, H, W)."""
         return self.decoder(self.post_quant_proj(self.quantize.lookup(ids)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (B, C, H, W), quantizer loss, ids (B, h, w); in training mode the codebook learns."""
+        """Reconstruction (B, C, H, W), quantizer loss, ids (B, *grid); in training mode the codebook learns."""
         codes, code_loss, ids = self.quantized(x)
         return self.decoder(self.post_quant_proj(codes)), code_loss, ids
 
@@ -95,6 +98,17 @@ class VQVAE(VQ):
         size = self.config.image_size
         rows = [rng.integers(0, 256, (size // 4, 1, 3), dtype=np.uint8) for _ in range(4)]
         return [np.broadcast_to(row.repeat(4, axis=0), (size, size, 3)).copy() for row in rows]
+
+
+def _decoder(config: VQVAEConfig) -> tuple[ViTDecoder | BottleneckMLP, int]:
+    """The decoder that `dec_type` names, and the width of what it takes."""
+    channels = config.n_labels or config.n_channels
+    if is_mlp(config.dec_type):
+        size = mlp_size(config.dec_type)
+        return BottleneckMLP(size[1], channels, size), size[1]
+    patch = config.dec_patch if config.patch_proj else None
+    side, vit = config.dec_size // config.dec_patch, vit_size(config.dec_type, "dec")
+    return ViTDecoder(channels, patch, (side, side), vit, config.post_mlp, config.out_conv), vit[0]
 
 
 def reconstruction_loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
