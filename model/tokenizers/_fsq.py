@@ -38,7 +38,6 @@ class FSQ(nn.Module):
     the first channel.
     """
 
-    radix: Tensor
     counts: Tensor
 
     def __init__(self, codebook_size: int, latent_dim: int) -> None:
@@ -49,18 +48,18 @@ class FSQ(nn.Module):
         own = latent_dim == len(self.levels)
         self.project_in = nn.Identity() if own else nn.Linear(latent_dim, len(self.levels))
         self.project_out = nn.Identity() if own else nn.Linear(len(self.levels), latent_dim)
-        radix = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
-        self.register_buffer("counts", torch.tensor(self.levels), persistent=False)
-        self.register_buffer("radix", torch.tensor(radix), persistent=False)
+        self.radix = tuple(math.prod(self.levels[:i]) for i in range(len(self.levels)))
+        # Not of whole numbers: a moving average of the weights takes the buffers along, and would round them down.
+        self.register_buffer("counts", torch.tensor(self.levels, dtype=torch.float32), persistent=False)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """The codes (B, L, h, w) of ids (B, h, w)."""
-        digits = ids[..., None] // self.radix % self.counts
+        digits = [ids // radix % count - count // 2 for radix, count in zip(self.radix, self.levels, strict=True)]
         with torch.autocast(ids.device.type, enabled=False):
-            return self._merged(digits - self.counts // 2)
+            return self._merged(torch.stack(digits, dim=-1).float())
 
     def _merged(self, steps_BhwD: Tensor) -> Tensor:
-        """Whole steps from the middle level, -counts // 2 and up, as codes in [-1, 1] through the last layer."""
+        """Steps from the middle level, -(counts // 2) and up, as codes in [-1, 1] through the last layer."""
         return self.project_out(steps_BhwD / (self.counts // 2)).permute(0, 3, 1, 2)
 
     def _bounded(self, z_BhwD: Tensor) -> Tensor:
@@ -74,5 +73,6 @@ class FSQ(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self._bounded(self.project_in(latents.float().permute(0, 2, 3, 1)))
             steps = bounded + (bounded.round() - bounded).detach()
-            ids = ((steps.detach().round().long() + self.counts // 2) * self.radix).sum(dim=-1)
+            digits = (steps.detach().round() + self.counts // 2).long().unbind(dim=-1)
+            ids = torch.stack([radix * digit for radix, digit in zip(self.radix, digits, strict=True)]).sum(dim=0)
             return self._merged(steps), latents.new_zeros((), dtype=torch.float32), ids
