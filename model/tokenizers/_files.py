@@ -100,8 +100,11 @@ def to_config(kind: type[C], values: Mapping[str, Any], domain: Domain | None) -
         domain = _legacy.domain(values)
     hints = get_type_hints(kind)
     chosen = {f.name: values[f.name] for f in fields(kind) if f.name != "domain" and f.name in values}
-    for name, value in chosen.items():
+    for name, value in list(chosen.items()):
         kinds = get_args(hints[name]) or (hints[name],)
+        if value is None and type(None) not in kinds:
+            del chosen[name]  # what the command line of a trainer did not have, and means the default
+            continue
         fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
         if not fits or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{name} {value!r}, expected {hints[name]}")
