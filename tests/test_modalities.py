@@ -42,6 +42,11 @@ def assert_same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
         assert found == expected
 
 
+def with_instance(value: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    first, *others = value["crops"]
+    return {**value, "crops": [[{**first[0], **changes}, *first[1:]], *others]}
+
+
 def test_all_modalities_are_there() -> None:
     wanted = "rgb caption crop_settings depth normal semseg canny_edge sam_edge sam_instance det metadata color_palette"
     assert {*wanted.split(), "CLIP-B16", "DINOv2-B14", "DINOv2-B14-global"} <= set(modalities.names())
@@ -186,6 +191,19 @@ def test_pictures_are_images_or_words(modality: Modality, size: tuple[int, int])
         ("color_palette", lambda v: [{**v[0], "7": v[0]["6"]}], "7 colours in palette 7"),
         ("color_palette", lambda v: [{**v[0], "1": [[0, 0, 256]]}], r"0\.\.255"),
         ("color_palette", lambda v: [{k: v[0][k] for k in "1234"}], "dict with 1, 2, 3, 4, 5, 6, 7"),
+        ("human_poses_tokens", lambda v: {k: v[k] for k in v if k != "pose_tokenized"}, "dict with .*pose_tokenized"),
+        ("human_poses_tokens", lambda v: {**v, "pose_tokenized": [[1024] * 8] * 2}, r"ids 0\.\.1023, got \[\[1024"),
+        ("human_poses_tokens", lambda v: {**v, "pose_tokenized_mirrored": [[0.5] * 8] * 2}, r"ids 0\.\.1023"),
+        ("human_poses_tokens", lambda v: {**v, "bbox_xyxy": 3}, "list of boxes, got int"),
+        ("human_poses_tokens", lambda v: {**v, "pose_tokenized": [[1] * 8]}, "for 2 persons"),
+        ("sam_instance_tokens", lambda v: {**v, "side": 256}, r"side of 1\.\.255 pixels, got 256"),
+        ("sam_instance_tokens", lambda v: {**v, "crops": [3]}, "list of instances for each crop"),
+        ("sam_instance_tokens", lambda v: {**v, "side": 3}, r"whole \[x, y\] in 0\.\.3"),
+        ("sam_instance_tokens", lambda v: with_instance(v, polygon=[[1, 2.0]]), "whole"),
+        ("sam_instance_tokens", lambda v: with_instance(v, polygon=((1, 2),)), "list of corners, got tuple"),
+        ("sam_instance_tokens", lambda v: with_instance(v, bbox=[3, 0, 2, 9]), "ymin, xmin, ymax, xmax"),
+        ("sam_instance_tokens", lambda v: with_instance(v, tokens=[0] * 15), r"16 numbers in 0\.\.1023"),
+        ("sam_instance_tokens", lambda v: with_instance(v, tokens=[0.0] * 16), "expected ints"),
     ],
 )
 def test_check_rejects_other_ranges(name: str, change: Any, message: str) -> None:
@@ -407,6 +425,8 @@ def test_text_modalities_declare_ml4m_reading() -> None:
         "det": ("crop", False, False, 256),
         "metadata": ("any", True, True, 40),
         "color_palette": ("any", False, False, 23),
+        "human_poses_tokens": ("crop", False, False, 275),
+        "sam_instance_tokens": ("crop", False, False, 290),
     }
 
 

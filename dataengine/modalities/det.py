@@ -12,9 +12,9 @@ from dataengine import coco, codecs
 from dataengine.geometry import Crop, crop_boxes
 from dataengine.modalities import Kind, Picture, Piece, TextLike, _draw
 from dataengine.modalities import _checks as expect
-from dataengine.modalities._text import INT, NUM_BINS, quoted, until_end
+from dataengine.modalities._text import BOX, NUM_BINS, quoted, unbinned, until_end
 
-_BOX = re.compile(rf"v0={INT} v1={INT} v2={INT} v3={INT} ([^=]+)")
+_BOX = re.compile(rf"{BOX.pattern} ([^=]+)")
 _SHOWN_SCORE = 0.3
 
 
@@ -94,7 +94,7 @@ class Det(TextLike):
         ]
 
     def parse(self, text: str) -> tuple[dict[str, Any], list[str]]:
-        """Instances of score 1 (the text has none), corners in steps of 1/999: a box may be flat after rounding."""
+        """Instances of score 1 (the text has none), corners in steps of 1/999."""
         before, *chunks = re.split(r"(?:^|\s+)(?=v0=)", " ".join(until_end(text).split()))
         complaints = [f"expected a box to begin with v0=, got {quoted(before)}"] if before else []
         instances = []
@@ -109,7 +109,7 @@ class Det(TextLike):
             elif x0 > x1 or y0 > y1:
                 complaints.append(f"expected x0 <= x1 and y0 <= y1, got {quoted(chunk)}")
             else:
-                box = [v / (NUM_BINS - 1) for v in (x0, y0, x1, y1)]
+                box = unbinned((x0, y0, x1, y1))
                 instances.append({"boxes": box, "class_name": match[5], "score": 1.0})
         return {"instances": instances}, complaints
 

@@ -27,11 +27,14 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "body_pose": (NUM_JOINTS, 3, 3),
     "betas": (NUM_BETAS,),
     "pose_tokenized": (NUM_TOKENS,),
+    "pose_tokenized_mirrored": (NUM_TOKENS,),
 }
 _PARAMS = ("global_orient", "body_pose", "betas")
 
 MIRRORED = (1, 0, 2, 4, 3, 5, 7, 6, 8, 10, 9, 11, 13, 12, 14, 16, 15, 18, 17, 20, 19, 22, 21)
 """Which joint of `body_pose` takes the place of each when left and right change places (SMPL's order of joints)."""
+
+_FLIP = np.outer((-1.0, 1.0, 1.0), (-1.0, 1.0, 1.0))
 
 # A stick figure of ordinary proportions in the tree of SMPL's joints, in metres at rest: x to the person's left, y up,
 # z forward. It is no part of any body model: it only shows where the rotations point.
@@ -57,7 +60,7 @@ class HumanPoses(Modality):
     at its centre + side * s / 2 * (X + tx, Y + ty). `pred_smpl_params`: `global_orient` (n, 1, 3, 3) and `body_pose`
     (n, 23, 3, 3), rotation matrices of the pelvis in the camera's frame (x right, y down, z away) and of the joints in
     their parents', and `betas` (n, 10), the shape. `pose_tokenized` (n, 8), ids 0..1023 of a tokenizer of `body_pose`,
-    comes later; further lists of n numbers are kept.
+    and `pose_tokenized_mirrored`, those of `mirrored(body_pose)`, come later; further lists of n numbers are kept.
     """
 
     kind: ClassVar[Kind] = "instances"
@@ -92,9 +95,10 @@ class HumanPoses(Modality):
         self._check_boxes(arrays["bbox_xyxy"], size)
         for key in ("global_orient", "body_pose"):
             self._check_rotations(key, arrays[key].reshape(-1, 3, 3))
-        tokens = arrays.get("pose_tokenized", np.zeros(0))
-        if np.any((tokens != np.floor(tokens)) | (tokens < 0) | (tokens >= CODEBOOK)):
-            raise ValueError(f"{self.name} pose_tokenized: expected ids 0..{CODEBOOK - 1}, got {tokens.tolist()!r:.80}")
+        for key in ("pose_tokenized", "pose_tokenized_mirrored"):
+            tokens = arrays.get(key, np.zeros(0))
+            if np.any((tokens != np.floor(tokens)) | (tokens < 0) | (tokens >= CODEBOOK)):
+                raise ValueError(f"{self.name} {key}: expected ids 0..{CODEBOOK - 1}, got {tokens.tolist()!r:.80}")
 
     def _numbers(self, key: str, found: Any, count: int) -> np.ndarray:
         try:
@@ -150,7 +154,7 @@ class HumanPoses(Modality):
         """The persons of whom a part is left, boxes cut to it and in its pixels; a mirror mirrors the poses too.
 
         The camera stays that of the uncut box, as in ml-4m, which mirrors neither boxes nor poses. Tokens of a pose are
-        not those of its mirror image: under a mirror they are gone.
+        not those of its mirror image: under a mirror they change places with those, or are gone where there are none.
         """
         if not isinstance(value, dict):
             return value
@@ -166,12 +170,13 @@ class HumanPoses(Modality):
         }
         params = {key: np.array(value["pred_smpl_params"][key], dtype=np.float64)[kept] for key in _PARAMS}
         if crop.hflip:
-            out.pop("pose_tokenized", None)
+            plain, mirror = "pose_tokenized", "pose_tokenized_mirrored"
+            tokens = {mirror: out.pop(plain, None), plain: out.pop(mirror, None)}
+            out |= {key: ids for key, ids in tokens.items() if ids is not None}
             # Adding zero turns -0.0 into 0.0.
             out["pred_cam"] = (np.array(out["pred_cam"]) * [1, -1, 1] + 0.0).tolist()
-            flip = np.outer((-1.0, 1.0, 1.0), (-1.0, 1.0, 1.0))
-            params["global_orient"] = params["global_orient"] * flip + 0.0
-            params["body_pose"] = params["body_pose"][:, list(MIRRORED)] * flip + 0.0
+            params["global_orient"] = params["global_orient"] * _FLIP + 0.0
+            params["body_pose"] = mirrored(params["body_pose"])
         return {
             **out,
             "bbox_xyxy": (found[kept] * side).round(6).tolist(),
@@ -194,6 +199,12 @@ class HumanPoses(Modality):
             points = (joints[:, :2] + shift) * (scale * side / 2) + [(x0 + x1) / 2, (y0 + y1) / 2]
             _sticks(image, points)
         return Picture(image=image, text=f"{count} person{'' if count == 1 else 's'}", legend=legend)
+
+
+def mirrored(body_pose: np.ndarray) -> np.ndarray:
+    """The poses (n, 23, 3, 3) that the same persons have in a mirror."""
+    turned: np.ndarray = body_pose[:, list(MIRRORED)] * _FLIP + 0.0
+    return turned
 
 
 def joint_positions(rotations: np.ndarray) -> np.ndarray:

@@ -14,6 +14,9 @@ from dataengine.modalities import _checks as expect
 WIDTH = 4096
 """Channels of the published encoder, T5-v1.1-XXL."""
 
+MAX_TOKENS = 77
+"""Of a caption, as a model reads it."""
+
 MAX_BYTES = 256 << 20
 """Of one sample's embeddings: 400 captions of 77 tokens."""
 
@@ -71,6 +74,10 @@ class T5Caption(Modality):
     def crop(self, value: dict[str, np.ndarray], crop: Crop, size: tuple[int, int], side: int) -> dict[str, np.ndarray]:
         """Unchanged: it is of the words."""
         return value
+
+    def rows(self, value: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """What a model reads of each caption: float16 (n, channels) of its tokens, 77 at most and perhaps none."""
+        return [emb[valid][:MAX_TOKENS] for emb, valid in zip(value["emb"], value["mask_valid"], strict=True)]
 
     def picture(self, value: dict[str, np.ndarray], rgb: np.ndarray) -> Picture:
         """One row a caption, one square a token: its vector along the three principal axes as red, green and blue."""
