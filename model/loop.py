@@ -1,26 +1,30 @@
-"""The one training loop, for tokenizers and for FourM: exact to resume, and it stops at the first non-finite loss."""
+"""The one training loop, for tokenizers and for FourM: exact to resume, and it stops at the first non-finite loss.
+
+It runs alone, or in each of the processes that torchrun starts: docs/training.md.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 
-from model import optim, snapshots
+from model import journal, parallel, settings, snapshots
+from model.journal import Journal, Metrics
+from model.parallel import Processes
+from model.settings import LoopConfig
+from model.training import Outcome, State
+
+__all__ = ["Batch", "FitResult", "LoopConfig", "Metrics", "NonFiniteLoss", "fit"]
 
 
 class Batch(Protocol):
@@ -32,51 +36,12 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
-Metrics = dict[str, float]
-
-# Settings that may differ between a run and its resumption, because no loss depends on them.
-_FREE = frozenset({"checkpoint_every", "threads", "max_seconds", "progress"})
+Evaluate = Callable[[nn.Module, int], Metrics]
+Pictures = Callable[[nn.Module, int], Mapping[str, Tensor]]
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient became infinite or NaN; the message names the file that holds the batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How to train: steps are optimizer steps, `lr` is the peak after the warm-up.
-
-    `ema_decay` also averages the weights; the average is what a finished run leaves in the model. `max_seconds` stops
-    early with a checkpoint, to be resumed. `threads` is torch's number of CPU threads, None for its own choice.
-    """
-
-    steps: int
-    lr: float
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_grad: float | None = 1.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    ema_decay: float | None = None
-    seed: int = 0
-    threads: int | None = None
-    max_seconds: float | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr {self.min_lr} and lr {self.lr}, expected 0 <= min_lr <= lr")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r}, expected float32 or bfloat16")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay {self.ema_decay}, expected more than 0 and less than 1, or None")
 
 
 @dataclass(frozen=True)
@@ -101,153 +66,132 @@ def fit(
     out: Path,
     *,
     on_log: Callable[[int, Metrics], None] | None = None,
+    evaluate: Evaluate | None = None,
+    pictures: Pictures | None = None,
 ) -> FitResult:
-    """Train `model` in place on `batch_at(0) .. batch_at(steps - 1)`; called again, go on from the last checkpoint.
+    """Train `model` in place on `batch_at(0), batch_at(1), ...`; called again, go on from the last checkpoint.
 
-    `batch_at` must depend on the step alone: then a resumed run takes the very same steps as an undisturbed one. It
-    runs in one background thread, a step ahead. A finished run is not trained again: its weights are loaded.
+    Step s takes the batches s * n .. s * n + n - 1, n being `config.batches_per_step`. `batch_at` must depend on its
+    argument alone: then a resumed run takes the very same steps as an undisturbed one. It runs in one background
+    thread, a batch ahead. A finished run is not trained again: its weights are loaded.
+
+    Among several processes each calls `fit` with the same arguments and a folder that all of them see, takes its share
+    of every step's batches, and ends with the same weights; the first one logs, with means over all batches.
+    `evaluate` and `pictures` get the model (averaged, where that is asked for) and the number of steps done, every so
+    many steps and at the end; what they give is logged under the names they choose. They are called in the first
+    process only, but with "fsdp" in all, since its forward pass needs them all.
     """
     out = Path(out)
     started = time.monotonic()
-    _same_settings(config, out)
-    with _surroundings(config, model):
-        state = _TrainState(model, config)
-        done = state.resume(out / "checkpoint")
-        metrics = _truncate_log(out / "log.jsonl", done)
-        if done < config.steps:
-            with _Journal(out, config, done, on_log) as journal:
-                done, metrics = _train(state, batch_at, loss, config, out, done, metrics, journal, started)
-    finished = done >= config.steps
-    if finished:
-        state.use_average()
-    model.eval()
-    checkpoint = snapshots.path(out / "checkpoint", done)
-    return FitResult(done, finished, metrics, time.monotonic() - started, checkpoint)
+    processes = parallel.join(model, config.device)
+    mode = parallel.mode_of(config.parallel, processes.world)
+    if config.batches_per_step % processes.world:
+        raise ValueError(
+            f"batches_per_step {config.batches_per_step} over {processes.world} processes, expected a multiple of them"
+        )
+    checked = settings.check(config, out)
+    processes.wait()
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "loop.json").write_text(json.dumps(checked, indent=1) + "\n")
+    with _surroundings(config, processes):
+        trained = parallel.Trained(
+            model,
+            loss,
+            processes,
+            mode,
+            blocks=config.blocks,
+            recompute=config.recompute,
+            compiled=config.compile,
+            unused_parameters=config.unused_parameters,
+        )
+        state = State(trained, processes, config)
+        state.resume(out / "checkpoint")
+        metrics = journal.truncated(out / "log.jsonl", state.done) if processes.first else {}
+        if state.done < config.steps:
+            with contextlib.ExitStack() as stack:
+                written = None
+                if processes.first:
+                    written = stack.enter_context(Journal(out, config, state.done, on_log))
+                metrics = _Run(state, out, metrics, written, evaluate, pictures, started).train(batch_at)
+        state.finish()
+    checkpoint = snapshots.path(out / "checkpoint", state.done)
+    finished = state.done >= config.steps
+    return FitResult(state.done, finished, processes.of_first(metrics), time.monotonic() - started, checkpoint)
 
 
-def _train(
-    state: _TrainState,
-    batch_at: Callable[[int], B],
-    loss: Callable[[nn.Module, B], tuple[Tensor, Metrics]],
-    config: LoopConfig,
-    out: Path,
-    done: int,
-    metrics: Metrics,
-    journal: _Journal,
-    started: float,
-) -> tuple[int, Metrics]:
-    state.model.train()
-    with contextlib.closing(_prefetched(batch_at, done, config.steps)) as batches:
-        for step, batch in batches:
-            moved = batch.to(state.device, non_blocking=True)
-            lr = float(state.scheduler.get_last_lr()[0])
-            value, grad_norm, parts = state.step(moved, loss)
-            if not (math.isfinite(value) and math.isfinite(grad_norm)):
-                raise NonFiniteLoss(_keep_batch(out, step, batch, value, grad_norm))
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                metrics = dict(loss=value, lr=lr, grad_norm=grad_norm, **parts)
-                journal.log(done, metrics)
-            journal.advance(done, value)
-            late = config.max_seconds is not None and time.monotonic() - started > config.max_seconds
-            if late or done % config.checkpoint_every == 0 or done == config.steps:
-                state.save(out / "checkpoint", done)
-            if late:
-                break
-    return done, metrics
+@dataclass
+class _Run:
+    """One call of `fit`, from the first step it takes to the last."""
+
+    state: State
+    out: Path
+    metrics: Metrics
+    journal: Journal | None
+    evaluate: Evaluate | None
+    pictures: Pictures | None
+    started: float
+
+    def train(self, batch_at: Callable[[int], B]) -> Metrics:
+        """Take the steps that are left, or as many as time allows; the newest log line."""
+        state, config = self.state, self.state.config
+        state.model.train()
+        n, processes = config.batches_per_step, state.processes
+        mine = (s * n + i for s in range(state.done, config.steps) for i in range(processes.rank, n, processes.world))
+        with contextlib.closing(_prefetched(batch_at, mine)) as batches:
+            while state.done < config.steps:
+                held = list(islice(batches, n // processes.world))
+                late = config.max_seconds is not None and time.monotonic() - self.started > config.max_seconds
+                lr = state.rate
+                outcome = state.step([batch.to(processes.device, non_blocking=True) for batch in held], late)
+                if outcome.broken:
+                    raise NonFiniteLoss(_keep_batch(self.out, state, held, outcome))
+                self._report(lr, outcome)
+                if outcome.stop or self._due(config.checkpoint_every):
+                    state.save(self.out / "checkpoint")
+                if outcome.stop:
+                    break
+        return self.metrics
+
+    def _due(self, every: int) -> bool:
+        return self.state.done % every == 0 or self.state.done == self.state.config.steps
+
+    def _report(self, lr: float, outcome: Outcome) -> None:
+        config, processes, done = self.state.config, self.state.processes, self.state.done
+        called = processes.first or self.state.trained.sharded
+        evaluating = self.evaluate is not None and self._due(config.evaluate_every)
+        if evaluating or self._due(config.log_every):
+            parts = _means([part for held in processes.gathered(outcome.metrics) for part in held])
+            scale = {"loss_scale": self.state.scaler.get_scale()} if self.state.scaler.is_enabled() else {}
+            self.metrics = dict(loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, **scale, **parts)
+            if evaluating and called and self.evaluate is not None:
+                with self.state.for_others() as model:
+                    self.metrics |= self.evaluate(model, done)
+            if self.journal is not None:
+                self.journal.log(done, self.metrics)
+        if self.pictures is not None and called and self._due(config.pictures_every):
+            with self.state.for_others() as model:
+                shown = self.pictures(model, done)
+            if self.journal is not None:
+                self.journal.show(done, shown)
+        if self.journal is not None:
+            self.journal.advance(done, outcome.loss)
 
 
-class _TrainState:
-    """Everything that a step changes: the weights, their average, the optimizer, the schedule and the random states."""
-
-    def __init__(self, model: nn.Module, config: LoopConfig) -> None:
-        self.model = model
-        self.config = config
-        self.device = next(model.parameters()).device
-        self.optimizer = optim.adamw(model, config.lr, config.weight_decay, config.betas)
-        self.scheduler = optim.warmup_cosine(self.optimizer, config.steps, config.warmup_steps, config.min_lr)
-        self.average: AveragedModel | None = None
-        if config.ema_decay is not None:
-            # Buffers too: a codebook is a buffer, and must stay with the weights around it.
-            average = get_ema_multi_avg_fn(config.ema_decay)
-            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-    def step(
-        self, batch: Any, loss: Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
-    ) -> tuple[float, float, Metrics]:
-        """One optimizer step; the loss, the gradient's norm before clipping, and the loss function's own metrics.
-
-        A step whose loss or gradient is not finite leaves the weights as they were.
-        """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            value, parts = loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        # One wait for the device per step: the price of keeping the batch that broke the run.
-        measured, grad_norm = torch.stack([value.detach().float(), norm.float()]).tolist()
-        if math.isfinite(measured) and math.isfinite(grad_norm):
-            self.optimizer.step()
-            self.scheduler.step()
-            if self.average is not None:
-                self.average.update_parameters(self.model)
-        return measured, grad_norm, parts
-
-    def use_average(self) -> None:
-        """Put the averaged weights into the model, where there are any."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
-
-    def save(self, folder: Path, step: int) -> None:
-        """One checkpoint; older ones beyond the number to keep are deleted after it."""
-        weights = {"model": self.model.state_dict()}
-        if self.average is not None:
-            weights["average"] = self.average.module.state_dict()
-        rest = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "averaged": None if self.average is None else self.average.n_averaged,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "generators": {name: own.get_state() for name, own in _generators(self.model).items()},
-        }
-        snapshots.write(folder, step, weights, rest)
-        snapshots.prune(folder, self.config.keep_checkpoints)
-
-    def resume(self, folder: Path) -> int:
-        """Load the newest checkpoint, if there is one; the number of steps it holds."""
-        step = snapshots.newest(folder)
-        if step is None:
-            return 0
-        weights, rest = snapshots.read(folder, step, str(self.device))
-        self.model.load_state_dict(weights["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(weights["average"])
-            self.average.n_averaged.copy_(rest["averaged"])
-        self.optimizer.load_state_dict(rest["optimizer"])
-        self.scheduler.load_state_dict(rest["scheduler"])
-        torch.set_rng_state(rest["random"].cpu())
-        if rest["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(rest["random_cuda"].cpu(), self.device)
-        for name, own in _generators(self.model).items():
-            own.set_state(rest["generators"][name].cpu())
-        return step
-
-
-def _generators(model: nn.Module) -> dict[str, torch.Generator]:
-    """The random generators that modules hold as `generator`, by the module's name."""
-    found = {name: getattr(module, "generator", None) for name, module in model.named_modules()}
-    return {name: own for name, own in found.items() if isinstance(own, torch.Generator)}
+def _means(parts: Sequence[Metrics]) -> Metrics:
+    """The mean of each figure over the batches that have it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    held = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: sum(values) / len(values) for name, values in held.items()}
 
 
 @contextlib.contextmanager
-def _surroundings(config: LoopConfig, model: nn.Module) -> Iterator[None]:
+def _surroundings(config: LoopConfig, processes: Processes) -> Iterator[None]:
     """Torch's threads and random state as configured, and as they were before afterwards."""
-    threads = torch.get_num_threads()
-    device = next(model.parameters()).device
+    threads, device = torch.get_num_threads(), processes.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        # Other noise on other samples.
+        torch.manual_seed(config.seed + processes.rank)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         try:
@@ -256,94 +200,30 @@ def _surroundings(config: LoopConfig, model: nn.Module) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _prefetched(batch_at: Callable[[int], B], first: int, end: int) -> Generator[tuple[int, B], None, None]:
-    """The batches of steps first..end-1 in order, each made while the one before it is in use."""
+def _prefetched(batch_at: Callable[[int], B], numbers: Iterable[int]) -> Generator[B, None, None]:
+    """The batches of those numbers in order, each made while the one before it is in use."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        upcoming = pool.submit(batch_at, first)
-        for step in range(first, end):
-            batch = upcoming.result()
-            if step + 1 < end:
-                upcoming = pool.submit(batch_at, step + 1)
-            yield step, batch
+        upcoming = None
+        for number in numbers:
+            ready, upcoming = upcoming, pool.submit(batch_at, number)
+            if ready is not None:
+                yield ready.result()
+        if upcoming is not None:
+            yield upcoming.result()
 
 
-def _same_settings(config: LoopConfig, out: Path) -> None:
-    """Keep the settings beside the run, and refuse to go on with others that would change its losses."""
-    path = out / "loop.json"
-    settings = json.loads(json.dumps(asdict(config)))
-    if snapshots.newest(out / "checkpoint") is not None and path.exists():
-        before = json.loads(path.read_text())
-        changed = [
-            f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if k not in _FREE and before.get(k) != v
-        ]
-        if changed:
-            raise ValueError(f"{out} holds a run with other settings: {'; '.join(changed)}; expected the same")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _truncate_log(path: Path, done: int) -> Metrics:
-    """Drop the lines after step `done` and one cut short by a crash; the metrics of the line that is then last."""
-    kept: list[str] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            step = json.loads(line)["step"]
-        except json.JSONDecodeError:
-            break
-        if step > done:
-            break
-        kept.append(line)
-    if not kept:
-        path.unlink(missing_ok=True)
-        return {}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
-    last = json.loads(kept[-1])
-    return {name: value for name, value in last.items() if name not in ("step", "seconds")}
-
-
-class _Journal:
-    """Log lines, TensorBoard and the progress bar of one call of `fit`."""
-
-    def __init__(self, out: Path, config: LoopConfig, done: int, on_log: Callable[[int, Metrics], None] | None) -> None:
-        self._on_log = on_log
-        self._started = time.monotonic()
-        self._file = (out / "log.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1 if done else None)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, disable=not config.progress, transient=True, console=Console(stderr=True))
-        self._task = self._bar.add_task("training", total=config.steps, completed=done)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        self._board.close()
-        self._file.close()
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """One line per call, on disk when it returns."""
-        seconds = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps({"step": step, **metrics, "seconds": seconds}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        if self._on_log is not None:
-            self._on_log(step, metrics)
-
-    def advance(self, step: int, loss: float) -> None:
-        """Move the progress bar."""
-        self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}")
-
-
-def _keep_batch(out: Path, step: int, batch: Any, loss: float, grad_norm: float) -> str:
-    path = out / f"nonfinite-step-{step}.pt"
-    torch.save({"step": step, "loss": loss, "grad_norm": grad_norm, "batch": _plain(batch)}, path)
-    return f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite; the batch is kept in {path}"
+def _keep_batch(out: Path, state: State, batches: Sequence[Any], outcome: Outcome) -> str:
+    """Write the first batch of this process whose loss is not finite, or its first one; the message that names it."""
+    step, processes = state.done, state.processes
+    suffix = f"-process-{processes.rank}" if processes.world > 1 else ""
+    path = out / f"nonfinite-step-{step}{suffix}.pt"
+    batch = batches[outcome.finite.index(False) if False in outcome.finite else 0]
+    kept = {"step": step, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "batch": _plain(batch)}
+    torch.save(kept, path)
+    return (
+        f"step {step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}, expected finite; "
+        f"the batch is kept in {path}"
+    )
 
 
 def _plain(value: Any) -> Any:

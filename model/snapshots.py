@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Weights = dict[str, dict[str, Tensor]]
 
@@ -31,9 +34,9 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put a whole file under its name at once, making its folder."""
+    """Put a whole file under its name at once, making its folder; several processes may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     partial.replace(path)
 
@@ -54,24 +57,92 @@ def newest(folder: Path) -> int | None:
     return max(steps(folder), default=None)
 
 
-def write(folder: Path, step: int, weights: Weights, rest: dict[str, Any]) -> None:
-    """`<name>.safetensors` for each set of weights and state.pt for the rest, published by one rename."""
-    final, partial = path(folder, step), folder / f".partial-{step}"
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder for the parts of a checkpoint, invisible to readers until `publish`."""
+    partial = folder / f".partial-{step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    return partial
+
+
+def write(partial: Path, weights: Weights, rest: dict[str, Any]) -> None:
+    """`<name>.safetensors` for each set of weights that is not empty, and state.pt for the rest."""
     for name, tensors in weights.items():
-        (partial / f"{name}.safetensors").write_bytes(safetensors_bytes(tensors))
+        if tensors:
+            (partial / f"{name}.safetensors").write_bytes(safetensors_bytes(tensors))
     torch.save(rest, partial / "state.pt")
+
+
+def write_shards(partial: Path, weights: Weights) -> None:
+    """A folder `<name>` for each set of weights, where every process of the run writes the parts it holds."""
+    import torch.distributed.checkpoint as dcp
+
+    for name, tensors in weights.items():
+        writer = dcp.HuggingFaceStorageWriter(str(partial / name), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+
+
+def publish(folder: Path, step: int) -> None:
+    """Give a checkpoint its name, by one rename."""
+    final = path(folder, step)
     if final.exists():
         shutil.rmtree(final)
-    partial.rename(final)
+    (folder / f".partial-{step}").rename(final)
 
 
 def read(folder: Path, step: int, device: str) -> tuple[Weights, dict[str, Any]]:
     """What `write` was given; the weights on `device`, the rest on the CPU."""
     source = path(folder, step)
     weights = {file.stem: load_file(file, device=device) for file in source.glob("*.safetensors")}
-    return weights, torch.load(source / "state.pt", map_location="cpu", weights_only=True)
+    return weights, rest(folder, step)
+
+
+def rest(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds beside weights."""
+    found: dict[str, Any] = torch.load(path(folder, step) / "state.pt", map_location="cpu", weights_only=True)
+    return found
+
+
+@torch.no_grad()
+def fill(folder: Path, step: int, name: str, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's set of weights into tensors, whole or sharded ones, whichever way they were written.
+
+    Nothing is asked of other processes. ValueError names tensors that only one side has, or of another shape.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    source = path(folder, step) / name
+    if source.is_dir():
+        reader = dcp.HuggingFaceStorageReader(str(source))
+        found = reader.read_metadata().state_dict_metadata
+        shapes = {
+            key: entry.size for key, entry in found.items() if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        }
+        _same_names(source, shapes, tensors)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return
+    loaded = load_file(source.with_name(f"{name}.safetensors"), device="cpu")
+    _same_names(source, {key: value.shape for key, value in loaded.items()}, tensors)
+    for key, value in tensors.items():
+        if isinstance(value, DTensor):
+            # Each process cuts out its own part of the whole, which all of them have read.
+            part = distribute_tensor(
+                loaded[key].to(value.device), value.device_mesh, value.placements, src_data_rank=None
+            )
+            value.copy_(part)
+        else:
+            value.copy_(loaded[key])
+
+
+def _same_names(source: Path, found: dict[str, torch.Size], expected: dict[str, Tensor]) -> None:
+    wrong = sorted(found.keys() ^ expected.keys())
+    wrong += [key for key in found.keys() & expected.keys() if found[key] != expected[key].shape]
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit the model, which differs in {', '.join(wrong[:5])} ({len(wrong)} tensors)"
+        )
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,22 +173,53 @@ def test_weights_decay_and_norms_and_biases_do_not() -> None:
 
 
 def test_the_rate_rises_then_falls_to_its_minimum() -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = optim.warmup_cosine(optimizer, steps=11, warmup_steps=3, min_lr=0.1)
-    rates = []
-    for _ in range(11):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    rates = [optim.rate("cosine", step, steps=11, lr=1.0, min_lr=0.1, warmup_steps=3) for step in range(12)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[7] == pytest.approx(0.55)
-    assert schedule.get_last_lr()[0] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="5 warm-up steps of 5"):
-        optim.warmup_cosine(optimizer, steps=5, warmup_steps=5, min_lr=0.0)
+    assert rates[11] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"dtype": "float16"}, {"ema_decay": 1.0}, {"min_lr": 1.0}])
+def test_the_inverse_root_is_that_of_ml4m_and_cools_down_to_the_minimum() -> None:
+    rates = [
+        optim.rate("inverse_sqrt-10", step, steps=40, lr=1.0, min_lr=0.1, warmup_steps=4, cooldown_steps=6)
+        for step in range(40)
+    ]
+    expected = [1 / math.sqrt((i + 10) / 10) for i in range(30)]
+    assert rates[4:34] == pytest.approx(expected)
+    assert rates[34:] == pytest.approx(np.linspace(expected[-1], 0.1, 6).tolist())
+    flat = [optim.rate("constant", step, steps=9, lr=1.0, cooldown_steps=3) for step in range(9)]
+    assert flat == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_steps": 20}, "20 warm-up and 0 cool-down steps of 20, expected fewer"),
+        ({"cooldown_steps": 2}, "cooldown_steps 2, expected 0: a cosine"),
+        ({"lr_scales": (("encoder.", 0.1),)}, "lr_scales encoder.: expected the start of a trainable"),
+        ({"recompute": True}, "blocks Block, DecoderBlock: the model has none"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_when_training(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Net(), batch_at, squared, replace(CONFIG, **settings), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batches_per_step": 0},
+        {"dtype": "float8"},
+        {"ema_decay": 1.0},
+        {"min_lr": 1.0},
+        {"parallel": "horovod"},
+        {"schedule": "inverse_sqrt"},
+        {"lr_scales": (("net.", 0.0),)},
+    ],
+)
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         replace(CONFIG, **wrong)
