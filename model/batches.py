@@ -38,12 +38,16 @@ def spec_of(column: Column, patch_size: int) -> ModalitySpec:
         if rest:
             raise ValueError(f"{column.name}: {column.side} pixels are no multiple of the patch size {patch_size}")
         return ModalitySpec(name=column.name, kind="pixels", max_tokens=side**2, patch_size=patch_size)
+    if column.kind == "embeddings":
+        return ModalitySpec(name=column.name, kind="embeddings", max_tokens=column.max_tokens, dim_in=column.dim)
     return ModalitySpec(
         name=column.name,
         kind=column.kind,
         max_tokens=column.max_tokens,
         vocab_size=column.vocab_size,
         chunked=column.chunked,
+        # Tokens of a vector lie on no grid, and neither does what is no square.
+        learned_positions=column.kind == "tokens" and (not column.side or len(set(column.grid)) > 1),
     )
 
 
@@ -55,7 +59,12 @@ class PackedDataset:
     weight: float = 1.0
 
     def __len__(self) -> int:
-        return sum(len(s) for s in self.shards)
+        return self.ends[-1] if self.ends else 0
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each shard ends in the rows of all."""
+        return list(itertools.accumulate(len(s) for s in self.shards))
 
 
 def merged_columns(datasets: Sequence[PackedDataset]) -> dict[str, Column]:
@@ -66,9 +75,11 @@ def merged_columns(datasets: Sequence[PackedDataset]) -> dict[str, Column]:
             for name, column in shard.columns.items():
                 known = merged.setdefault(name, column)
                 if known != column:
+                    other = [field for field, value in vars(column).items() if value != getattr(known, field)]
+                    said = "; ".join(f"{f} {getattr(column, f)!r:.20}, not {getattr(known, f)!r:.20}" for f in other)
                     raise ValueError(
-                        f"{name} of {shard.path} was made by another tokenizer or layout ({column.tokenizer[:12]}) "
-                        f"than {name} elsewhere ({known.tokenizer[:12]}): tokenise and pack both with the same one"
+                        f"{name} of {shard.path} was made by another tokenizer or layout than {name} elsewhere "
+                        f"({said}): tokenise and pack both with the same one"
                     )
     return merged
 
@@ -95,7 +106,7 @@ class TokenBatches:
         return collate(samples, self.specs, self.masking.input_tokens[1], self.masking.target_tokens[1])
 
     def _sample(self, dataset: PackedDataset, rng: np.random.Generator) -> dict[str, Any]:
-        ends = list(itertools.accumulate(len(s) for s in dataset.shards))
+        ends = dataset.ends
         index = int(rng.integers(ends[-1]))
         place = bisect.bisect_right(ends, index)
         shard = dataset.shards[place]

@@ -1,21 +1,26 @@
-"""Pack: the token columns, the text-like columns and the pixels of a shard into one Arrow file a trainer can map."""
+"""Pack: the tokens, texts, embeddings and pixels of a shard into one Arrow file a trainer can map."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from dataengine import modalities, packed, shards
-from dataengine.geometry import crops_of
+from dataengine import _tars, modalities, packed, shards
+from dataengine.geometry import Crop, crops_of
 from dataengine.manifest import Commit, Dataset
-from dataengine.modalities import TextLike
+from dataengine.modalities import Modality, TextLike
+from dataengine.modalities.t5_caption import MAX_TOKENS, T5Caption
 from dataengine.packed import Column
 from dataengine.shards import shard_name
 from dataengine.work import CellReport, Report, Task, Work
@@ -23,52 +28,63 @@ from dataengine.work import CellReport, Report, Task, Work
 CELL = "tokens"
 """The name under which packed shards are committed."""
 
+Encode = Callable[[str], list[int]]
+
 
 @dataclass(frozen=True)
 class Pack:
-    """The packing worker. `pixels` is the side of the images the model reads beside their tokens, 0 for none."""
+    """The packing worker; `text_tokenizer` is "" where no column is text."""
 
     root: str
     text_tokenizer: str
     columns: tuple[Column, ...]
-    pixels: int
 
     def start(self, device: str) -> Work:
         """Load the text tokenizer."""
-        from model.tokenizers.text import TextTokenizer
-
-        dataset, text = Dataset(self.root), TextTokenizer.load(Path(self.text_tokenizer))
-        return lambda task: _pack_shard(dataset, self.columns, text, task)
+        dataset, encode = Dataset(self.root), encoder(self.text_tokenizer)
+        return lambda task: _pack_shard(dataset, self.columns, encode, task)
 
 
-def prepare(dataset: Dataset, text_tokenizer: str, pixels: int) -> tuple[Pack, list[Task]]:
-    """What there is to pack: every complete, meaningful token and text column of the dataset, by shard.
+def prepare(dataset: Dataset, text_tokenizer: str, pixels: int, columns: Sequence[str] = ()) -> tuple[Pack, list[Task]]:
+    """What there is to pack: every complete, meaningful token, text and embedding column, or those named, by shard.
 
-    Columns that come from random weights are left out: nothing is trained on them. So are versions (`depth@v2`): a
-    model reads one column of a modality; `dataengine rename` says which.
+    `pixels` is the side of the images the model reads beside their tokens, 0 for none. A version (`tok_depth@224@v2`)
+    is packed where it is named, under its own name: a model otherwise reads one column of a modality. Columns that come
+    from random weights are left out: nothing is trained on them. ValueError when a named one cannot be packed.
     """
-    digest = hashlib.sha256(Path(text_tokenizer).read_bytes()).hexdigest()
     ingested = set(dataset.committed("rgb"))
-    names = [
-        m
-        for m in dataset.modalities()
-        if set(dataset.committed(m)) >= ingested
-        and not is_random(dataset, m)
-        and m != CELL
-        and not modalities.split(m)[1]
-    ]
-    columns = [c for m in names for c in _columns(dataset, m, digest, text_tokenizer, pixels)]
+    wanted = [m for m in dataset.modalities() if m in columns or (m != CELL and not modalities.split(m)[1])]
+    there = [m for m in wanted if _can_be_packed(m)]
+    names = [m for m in there if set(dataset.committed(m)) >= ingested and not is_random(dataset, m)]
+    for name in columns:
+        if name not in names:
+            why = "is not complete or comes from random weights" if name in there else "is no column that can be packed"
+            raise ValueError(f"{name} {why}; there is: {', '.join(names) or 'none'}")
+    names = [m for m in names if not columns or m in columns]
+    texts = [m for m in names if isinstance(modalities.load(m), TextLike)]
+    vocabulary = Vocabulary.of(text_tokenizer) if texts else Vocabulary()
+    made = [_column(dataset, m, vocabulary) for m in names]
+    made = _with_draws(dataset, made)
+    if pixels:
+        made.insert(0, Column(name=f"rgb@{pixels}", kind="pixels", max_tokens=pixels**2, side=pixels))
+    check_names(made)
     tasks = []
     for shard in sorted(ingested):
-        identity = json.dumps([vars(c) for c in columns], sort_keys=True)
-        inputs = json.dumps([(m, _record(dataset, m, shard).sha256) for m in names])
-        spec = hashlib.sha256((identity + inputs).encode()).hexdigest()
-        there = dataset.commit(CELL, shard)
-        if there is not None and there.spec != spec:
-            dataset.uncommit(CELL, shard)  # it is derived and quick to make: a stale one is made anew
-        if there is None or there.spec != spec:
-            tasks.append(Task(shard, {CELL: spec}))
-    return Pack(dataset.store.url, text_tokenizer, tuple(columns), pixels), tasks
+        inputs = json.dumps([(m, _record(dataset, m, shard).sha256) for m in [*names, *(["rgb"] if pixels else [])]])
+        task = task_of(dataset, shard, made, inputs)
+        tasks += [task] if task else []
+    return Pack(dataset.store.url, text_tokenizer if texts else "", tuple(made)), tasks
+
+
+def task_of(dataset: Dataset, shard: int, columns: Sequence[Column], inputs: str) -> Task | None:
+    """The task that packs a shard from what `inputs` identifies, None when that is done; what is stale is forgotten."""
+    identity = json.dumps([packed.FORMAT, [vars(c) for c in columns]], sort_keys=True)
+    spec = hashlib.sha256((identity + inputs).encode()).hexdigest()
+    there = dataset.commit(CELL, shard)
+    if there is not None and there.spec == spec:
+        return None
+    dataset.uncommit(CELL, shard)  # it is derived and quick to make: a stale one is made anew
+    return Task(shard, {CELL: spec})
 
 
 def is_random(dataset: Dataset, modality: str) -> bool:
@@ -76,39 +92,106 @@ def is_random(dataset: Dataset, modality: str) -> bool:
     return any(_record(dataset, modality, s).provenance.get("random", False) for s in dataset.committed(modality)[:1])
 
 
-def _columns(dataset: Dataset, modality: str, text_sha: str, text_tokenizer: str, pixels: int) -> list[Column]:
-    from model.tokenizers.text import TextTokenizer
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the ids of text are ids of: how many there are, and the sha256 of the tokenizer's file."""
 
-    if modality == "rgb" and pixels:
-        return [Column(name=f"rgb@{pixels}", kind="pixels", max_tokens=pixels**2, side=pixels)]
-    codec = modalities.load(modality)
+    size: int = 0
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, path: str) -> Vocabulary:
+        """That of a WordPiece JSON file."""
+        from model.tokenizers.text import TextTokenizer
+
+        return cls(TextTokenizer.load(Path(path)).vocab_size, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+def text_column(codec: TextLike, vocabulary: Vocabulary, network: str = "") -> Column:
+    """The packed column of a text; `network` is the sha256 of what made the numbers in it, if it quotes any."""
+    version = modalities.split(codec.name)[1]
+    name = codec.packs_as + (f"@{version}" if version else "") if codec.packs_as else codec.name
+    return Column(
+        name=name,
+        kind="sequence",
+        max_tokens=codec.max_tokens,
+        vocab_size=vocabulary.size,
+        codec="" if name == codec.name else codec.name,
+        choice=codec.choice,
+        chunked=codec.chunked,
+        tokenizer=vocabulary.sha256,
+        network=network if codec.packs_as else "",
+    )
+
+
+def token_column(name: str, vocab_size: int, num_tokens: int, grid: Sequence[int], tokenizer: str) -> Column:
+    """The packed column of tokens; a grid that is not known is square, or a line."""
+    side = modalities.split(name)[0].partition("@")[2]
+    root = math.isqrt(num_tokens)
+    square = (root, root) if side and root**2 == num_tokens else (num_tokens,)
+    return Column(
+        name=name,
+        kind="tokens",
+        max_tokens=num_tokens,
+        vocab_size=vocab_size,
+        side=int(side or 0),
+        grid=tuple(grid) or square,
+        tokenizer=tokenizer,
+    )
+
+
+def embedding_column(name: str, dim: int, network: str = "") -> Column:
+    """The packed column of embeddings of captions."""
+    return Column(name=name, kind="embeddings", max_tokens=MAX_TOKENS, dim=dim, network=network)
+
+
+def check_names(columns: Sequence[Column]) -> None:
+    """ValueError when two columns would be one modality of the model."""
+    names = [c.name for c in columns]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ValueError(f"two columns are packed as {', '.join(sorted(twice))}: name those that are wanted")
+
+
+def _can_be_packed(column: str) -> bool:
+    codec = modalities.load(column) if column != CELL else None
+    return codec is not None and (isinstance(codec, TextLike | T5Caption) or codec.kind == "tokens")
+
+
+def _column(dataset: Dataset, name: str, vocabulary: Vocabulary) -> Column:
+    codec = modalities.load(name)
+    made_by = _record(dataset, name, dataset.committed(name)[0]).provenance
+    network = (made_by.get("weights") or {}).get("sha256", "")
     if isinstance(codec, TextLike):
-        return [
-            Column(
-                name=modality,
-                kind="sequence",
-                max_tokens=codec.max_tokens,
-                vocab_size=TextTokenizer.load(Path(text_tokenizer)).vocab_size,
-                choice=codec.choice,
-                shuffle=codec.shuffle,
-                chunked=codec.chunked,
-                tokenizer=text_sha,
+        return text_column(codec, vocabulary, network)
+    if isinstance(codec, T5Caption):
+        return embedding_column(name, _width(dataset, name, codec), network)
+    return token_column(name, made_by["vocab_size"], made_by["num_tokens"], made_by.get("grid", ()), network)
+
+
+def _width(dataset: Dataset, name: str, codec: T5Caption) -> int:
+    """Channels of the first valid embeddings, without reading the others."""
+    for shard in dataset.committed(name):
+        record = _record(dataset, name, shard)
+        with dataset.store.local_path(record.file).open("rb") as stream:
+            for header in _tars.in_file(stream):
+                if header.name.partition(".")[0] not in record.invalid:
+                    stream.seek(header.offset)
+                    return int(codec.decode(stream.read(header.size))["emb"].shape[2])
+    raise ValueError(f"{name}: no valid embedding")
+
+
+def _with_draws(dataset: Dataset, columns: Sequence[Column]) -> list[Column]:
+    """The same, where embeddings and the captions that they are of take the same caption of a sample."""
+    names = {c.name for c in columns if c.kind == "sequence"}
+    draws = {}
+    for column in columns:
+        if column.kind == "embeddings":
+            read = _record(dataset, column.name, dataset.committed(column.name)[0]).provenance.get(
+                "inputs", ["caption"]
             )
-        ]
-    if codec.kind == "tokens":
-        made_by = _record(dataset, modality, dataset.committed(modality)[0]).provenance
-        vocab = made_by["vocab_size"]
-        tokens = made_by["num_tokens"]
-        return [
-            Column(
-                name=modality,
-                kind="tokens",
-                max_tokens=tokens,
-                vocab_size=vocab,
-                tokenizer=made_by["weights"]["sha256"],
-            )
-        ]
-    return []
+            draws.update({n: source for source in read if source in names for n in (source, column.name)})
+    return [replace(c, draw=draws.get(c.name, "")) for c in columns]
 
 
 def _record(dataset: Dataset, modality: str, shard: int) -> Commit:
@@ -117,30 +200,38 @@ def _record(dataset: Dataset, modality: str, shard: int) -> Commit:
     return record
 
 
-def _pack_shard(dataset: Dataset, columns: Sequence[Column], text: Any, task: Task) -> Report:
+def _pack_shard(dataset: Dataset, columns: Sequence[Column], encode: Encode, task: Task) -> Report:
     began = perf_counter()
     keys = dataset.keys(task.shard)
-    images = [modalities.load("rgb").decode(m.data) for m in dataset.read("rgb", task.shard)]
-    crops = [
-        crops_of(modalities.load("crop_settings").decode(m.data)) for m in dataset.read("crop_settings", task.shard)
-    ]
+    images = [m.data for m in dataset.read("rgb", task.shard)]
+    settings = modalities.load("crop_settings")
+    crops = [crops_of(settings.decode(m.data)) for m in dataset.read("crop_settings", task.shard)]
+    sizes = [size_of(image) for image in images]
     rows: dict[str, list[Any]] = {}
     for column in columns:
         if column.kind == "pixels":
-            codec = modalities.load("rgb")
-            rows[column.name] = [
-                np.stack([codec.crop(image, crop, image.shape[:2], column.side) for crop in crops[i]])
-                for i, image in enumerate(images)
-            ]
+            rows[column.name] = [pixels(image, c, column.side) for image, c in zip(images, crops, strict=True)]
             continue
-        codec = modalities.load(column.name)
-        invalid = _record(dataset, column.name, task.shard).invalid
-        values = [codec.decode(m.data) for m in dataset.read(column.name, task.shard)]
+        name = column.codec or column.name
+        codec, invalid = modalities.load(name), _record(dataset, name, task.shard).invalid
         rows[column.name] = [
-            None if key in invalid else _row(codec, column, value, crops[i], images[i].shape[:2], text)
-            for i, (key, value) in enumerate(zip(keys, values, strict=True))
+            None if m.key in invalid else row(column, codec, m.key, codec.decode(m.data), c, size, encode)
+            for m, c, size in zip(dataset.read(name, task.shard), crops, sizes, strict=True)
         ]
     data = packed.write(columns, dataset.plan.num_crops, keys, rows)
+    return publish(dataset, columns, task, keys, data, {}, began)
+
+
+def publish(
+    dataset: Dataset,
+    columns: Sequence[Column],
+    task: Task,
+    keys: Sequence[str],
+    data: bytes,
+    provenance: dict[str, Any],
+    began: float,
+) -> Report:
+    """Commit a packed shard; `began` is when work on it did, by `perf_counter`."""
     record = Commit(
         modality=CELL,
         shard=task.shard,
@@ -150,16 +241,53 @@ def _pack_shard(dataset: Dataset, columns: Sequence[Column], text: Any, task: Ta
         sha256=shards.sha256(data),
         num_samples=len(keys),
         keys_sha256=shards.keys_sha256(keys),
-        provenance={"columns": [c.name for c in columns]},
+        provenance={"columns": [c.name for c in columns], **provenance},
     )
     dataset.publish(record, data)
     seconds = perf_counter() - began
     return Report(task.shard, (CellReport(CELL, len(keys), 0, len(data), seconds),), seconds)
 
 
-def _row(codec: Any, column: Column, value: Any, crops: Any, size: tuple[int, int], text: Any) -> Any:
+def encoder(text_tokenizer: str) -> Encode:
+    """Text to ids; the pieces of metadata and palettes are few, and come again and again."""
+    if not text_tokenizer:
+        return lambda text: []
+    from model.tokenizers.text import TextTokenizer
+
+    return functools.lru_cache(maxsize=1 << 16)(TextTokenizer.load(Path(text_tokenizer)).encode)
+
+
+def size_of(image: bytes) -> tuple[int, int]:
+    """(h, w) of a JPEG, a PNG or a JPEG 2000, by its header."""
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "JPEG2000")) as opened:
+        return opened.height, opened.width
+
+
+def pixels(image: bytes, crops: Sequence[Crop], side: int) -> np.ndarray:
+    """uint8 (crops, side, side, 3) of a stored image."""
+    codec = modalities.load("rgb")
+    rgb = codec.decode(image)
+    return np.stack([codec.crop(rgb, crop, rgb.shape[:2], side) for crop in crops])
+
+
+def row(
+    column: Column,
+    codec: Modality,
+    key: str,
+    value: Any,
+    crops: Sequence[Crop],
+    size: tuple[int, int],
+    encode: Encode,
+) -> Any:
+    """What `packed.write` takes for a value; None where it says nothing and its grammar has no word for that."""
     if column.kind == "tokens":
         return value
-    variants = codec.variants(value, crops, size)
-    # An empty text (no caption, no box) is a valid label only where its grammar has a word for "nothing".
-    return [[text.encode(p) if isinstance(p, str) else p for p in pieces] for pieces in variants] or None
+    if isinstance(codec, T5Caption):
+        rows = codec.rows(value)
+        return rows if any(len(r) for r in rows) else None
+    assert isinstance(codec, TextLike)
+    try:
+        variants = codec.variants(value, crops, size)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{column.name} of {key}: {type(error).__name__}: {error}") from error
+    return [[encode(p) if isinstance(p, str) else p for p in pieces] for pieces in variants] or None
