@@ -149,11 +149,11 @@ def test_published_sizes_have_4ms_names_and_shapes(name: str) -> None:
 
 def test_published_settings_are_those_of_the_layouts() -> None:
     found = published_divae()
-    assert list(found) == ["rgb", "depth", "normal", "canny_edge", "sam_edge"]
-    for modality in ("rgb", "depth"):
-        bare = replace(found[modality], domain=None)
-        assert bare == DiVAEConfig(**golden.FULL[f"layout_{modality}"])
-    assert (found["sam_edge"].image_size, found["normal"].codebook_size) == (512, 8192)
+    assert list(found) == ["rgb_16k", "depth_8k", "normal_8k", "edge_8k"]
+    for name, golden_name in (("rgb_16k", "layout_rgb"), ("depth_8k", "layout_depth")):
+        assert replace(found[name], domain=None) == DiVAEConfig(**golden.FULL[golden_name])
+    assert (found["edge_8k"].image_size, found["edge_8k"].n_channels) == (512, 1)
+    assert found["normal_8k"].codebook_size == 8192
 
 
 # Decoding.

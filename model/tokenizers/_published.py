@@ -12,6 +12,7 @@ from typing import TypeVar
 from model import domains
 from model.domains import Domain
 from model.tokenizers._vq import VQConfig
+from model.tokenizers.divae import published_divae
 from model.tokenizers.vqvae import VQVAEConfig
 
 C = TypeVar("C", bound=VQConfig)
@@ -78,4 +79,7 @@ def _vectors() -> dict[str, VQConfig]:
 
 def _diffusion() -> dict[str, VQConfig]:
     """ViT to a diffusion model: images, depth, normals, edges."""
-    return {}
+    found: dict[str, VQConfig] = {}
+    for name, config in published_divae().items():
+        found |= resolutions(name, config, config.image_size)
+    return found

@@ -252,14 +252,15 @@ class DiVAE(VQ):
 
 
 def published_divae() -> dict[str, DiVAEConfig]:
-    """Settings of ml-4m's published diffusion tokenizers by modality; canny_edge and sam_edge share one file."""
-    edges = domains.Edges(criterion="smooth_l1")
+    """Settings of ml-4m's published diffusion tokenizers, each at the largest size it was trained at.
+
+    By the names of its repositories; edge_8k is that of canny_edge and of sam_edge.
+    """
     return {
-        "rgb": _published(domains.Rgb(), 16384),
-        "depth": _published(domains.Depth(mapping="standardised")),
-        "normal": _published(domains.Normal()),
-        "canny_edge": _published(edges, image_size=512),
-        "sam_edge": _published(edges, image_size=512),
+        "rgb_16k": _published(domains.Rgb(), 16384),
+        "depth_8k": _published(domains.Depth(mapping="standardised")),
+        "normal_8k": _published(domains.Normal()),
+        "edge_8k": _published(domains.Edges(criterion="smooth_l1"), image_size=512),
     }
 
 
