@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import quantizers as benchmark
 from model.tokenizers import _nearest, _quantize
 from model.tokenizers._fsq import FSQ, levels_of
 from model.tokenizers._nearest import largest_product, smallest_distance
@@ -346,3 +347,24 @@ def test_memcodes_choose_by_chance_in_training_and_the_best_in_evaluation() -> N
 
 def test_usage_of_ids_of_several_heads() -> None:
     assert _quantize.usage([torch.tensor([[[0, 1]], [[2, 3]]])], 8) == (4, pytest.approx(4.0))
+
+
+# The benchmark.
+
+
+def test_the_benchmark_compares_all_quantizers_at_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (64, 256, 8)
+    amount = benchmark.Amount(2, 8, 4, (0, 1), (("depth", 256), ("rgb", 64)), 1, shape, shape)
+    monkeypatch.setattr(benchmark, "QUICK", amount)
+    found = benchmark.measure(True, None)
+    assert found["search"]["evaluation"]["ours_ms"] > 0
+    for task, codes in amount.tasks:
+        figures = found["compared"][f"{task}_{codes}"]
+        assert set(figures) == set(benchmark.VARIANTS)
+        for name, run in figures.items():
+            assert 0.97 * 64 * math.log2(codes) < run["bits"] <= 64 * math.log2(codes), name
+            assert np.isfinite(run["by_seed"]).all()
+            assert 1 / run["vocabulary"] <= run["used_share"] <= 1
+            assert 1 <= run["perplexity"] <= run["vocabulary"]
+        # The seeds are of the weights and of the batches.
+        assert figures["lucid"]["by_seed"][0] != figures["lucid"]["by_seed"][1]
