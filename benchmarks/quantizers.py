@@ -42,7 +42,7 @@ HELDOUT_SEED = 1_000_000
 class Amount:
     """How much is trained and measured."""
 
-    steps: int = 1500
+    steps: int = 1000
     scenes: int = 2000
     heldout: int = 200
     seeds: tuple[int, ...] = (0, 1)
@@ -59,11 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lucid_split": {"code_replacement_policy": "linde_buzo_gray"},
     "lucid_euclid": {"norm_codes": False},
     "memcodes": {"quant_type": "memcodes"},
-    "memcodes_2": {"quant_type": "memcodes", "num_codebooks": 2},
     "fsq": {"quant_type": "fsq"},
-    "simvq": {"quant_type": "simvq", "commitment_weight": 0.25},
+    "simvq": {"quant_type": "simvq", "commitment_weight": 0.25},  # the paper's weight
 }
-"""Settings of each; of several codebooks each gets its share of the bits."""
 
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
@@ -76,8 +74,9 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
         for name, settings in VARIANTS.items():
             runs = []
             for seed in amount.seeds:
-                _report.console.print(f"{task}, {codes} codes: {name}, seed {seed} ...")
-                runs.append(trained(train, heldout, domain, settings_of(settings, domain, codes, seed), amount.steps))
+                config = replace(network(domain, codes, seed), **settings)
+                runs.append(trained(train, heldout, domain, config, amount.steps))
+                _report.console.print(f"{task}, {codes} codes, {name}, seed {seed}: error {runs[-1]['error']:.4g}")
             found["compared"].setdefault(f"{task}_{codes}", {})[name] = _mean(runs)
     return found
 
@@ -103,9 +102,9 @@ def _map(task: str, seed: int) -> np.ndarray:
     return scene.rgb if task == "rgb" else scene.depth / np.float32(MAX_DEPTH_M)  # as its corpus stores it
 
 
-def settings_of(settings: Mapping[str, Any], domain: Domain, codes: int, seed: int) -> VQVAEConfig:
-    """The network of the demo's recipes with one of the quantizers."""
-    config = VQVAEConfig(
+def network(domain: Domain, codes: int, seed: int) -> VQVAEConfig:
+    """The network of the demo's recipes."""
+    return VQVAEConfig(
         domain=domain,
         image_size=SIDE,
         patch_size=PATCH,
@@ -118,8 +117,6 @@ def settings_of(settings: Mapping[str, Any], domain: Domain, codes: int, seed: i
         threshold_ema_dead_code=dead_code_threshold(BATCH * (SIDE // PATCH) ** 2, codes, share=8.0),
         seed=seed,
     )
-    heads = settings.get("num_codebooks", 1)
-    return replace(config, **settings, codebook_size=round(codes ** (1 / heads)))
 
 
 def trained(
@@ -146,15 +143,14 @@ def trained(
             spent += time.process_time() - started
     ids = torch.from_numpy(model.encode_batch(heldout))
     decoded = model.decode_batch(ids.numpy())
-    vocabulary, heads = model.quantize.vocab_size, model.quantize.heads
-    # Of several codebooks each has its own statistics; the figures are their means.
-    used = [usage([part], vocabulary) for part in ids.reshape(len(ids), heads, -1).unbind(dim=1)]
+    vocabulary = model.quantize.vocab_size
+    used = usage([ids], vocabulary)
     return {
         "error": _error(heldout, decoded, domain),
-        "used_share": sum(u.codes for u in used) / heads / vocabulary,
-        "perplexity": sum(u.perplexity for u in used) / heads,
+        "used_share": used.codes / vocabulary,
+        "perplexity": used.perplexity,
         "vocabulary": float(vocabulary),
-        "bits": (SIDE // PATCH) ** 2 * heads * math.log2(vocabulary),
+        "bits": (SIDE // PATCH) ** 2 * math.log2(vocabulary),
         "cpu_seconds_per_step": spent / steps,
     }
 
