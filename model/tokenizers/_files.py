@@ -59,8 +59,7 @@ def read(source: str | Path, domain: Domain | None, *, ema: bool = False, encode
 
 def save(model: VQ, path: Path) -> None:
     """One safetensors file that `read` and ml-4m's `load_safetensors` read."""
-    header = {name: _text(value) for name, value in settings(model).items()}
-    snapshots.write_file(path, snapshots.safetensors_bytes(model.state_dict(), header))
+    snapshots.write_file(path, snapshots.safetensors_bytes(model.state_dict(), header(model)))
 
 
 def save_pretrained(model: VQ, folder: Path) -> None:
@@ -81,6 +80,17 @@ def settings(model: VQ) -> dict[str, Any]:
     if config.domain is not None:
         values |= {"domain": config.domain.name, "domain_settings": config.domain.settings()}
     return values
+
+
+def header(model: VQ) -> dict[str, str]:
+    """`settings` as ml-4m writes them into a file: str(value) under each name."""
+    return {name: _text(value) for name, value in settings(model).items()}
+
+
+def parsed(header: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in a header: a text that is a Python literal as its value, any other as it is."""
+    # Hugging Face's writers add a format, which is no setting.
+    return {name: _literal(text) for name, text in header.items() if name != "format"}
 
 
 def to_config(kind: type[C], values: Mapping[str, Any], domain: Domain | None) -> C:
@@ -148,7 +158,7 @@ def _read_safetensors(path: Path, encoder_only: bool) -> tuple[dict[str, Any], d
     file = path / "model.safetensors" if path.is_dir() else path
     try:
         with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+            values = parsed(opened.metadata() or {})
             names = [name for name in opened.keys() if not (encoder_only and _is_decoder(name))]  # noqa: SIM118
             tensors = {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
@@ -159,8 +169,7 @@ def _read_safetensors(path: Path, encoder_only: bool) -> tuple[dict[str, Any], d
         if not isinstance(values, dict) or not isinstance(values.get("config", {}), dict):
             raise ValueError(f"{described}: expected an object of settings, or one in 'config'")
         return values.get("config", values), tensors
-    # Hugging Face's writers add a format, which is no setting.
-    return {name: _literal(text) for name, text in header.items() if name != "format"}, tensors
+    return values, tensors
 
 
 def _is_decoder(name: str) -> bool:
