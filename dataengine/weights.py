@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -76,6 +77,10 @@ def _from_url(url: str) -> Path:
         raise FileNotFoundError(f"{shown} {why}, {COPY}") from error
 
 
+_LOCAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+"""Errors of this machine's disk, not of the network."""
+
+
 def _from_hub(checkpoint: str, filename: str) -> Path:
     import huggingface_hub
 
@@ -102,6 +107,10 @@ def _why(repo: str, filename: str, error: Exception) -> str:
         return (
             f"is neither cached nor reachable, as downloads are off (HF_HUB_OFFLINE): `hf download {repo} {filename}`"
         )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"cannot be found: {page} has no such revision, expected a branch, a tag or a commit after the @"
+    if isinstance(error, OSError) and error.errno in _LOCAL:
+        return f"cannot be kept: {error.strerror} in {constants.HF_HUB_CACHE} (HF_HOME says where the cache is)"
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = f"{type(error).__name__}" + ("" if status is None else f", status {status}")
     return f"is neither cached nor reachable at {page} ({said}): check the network"

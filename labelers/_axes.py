@@ -33,14 +33,15 @@ FACING = (0.0, 0.0, -1.0)
 def unit(normals: Tensor, signs: Signs) -> Tensor:
     """Vectors (3, h, w) of any length in a network's axes, as unit vectors (h, w, 3) in OpenCV's, float32.
 
-    Where there is no direction (opposite normals may cancel out) it is that of a wall facing the camera.
+    Where there is no direction (opposite normals may cancel out) it is that of a wall facing the camera. What is not a
+    number stays so, for the modality to refuse.
     """
     import torch
 
     turned = normals.float() * torch.tensor(signs, device=normals.device).view(3, 1, 1)
     length = turned.norm(dim=0, keepdim=True)
     facing = torch.tensor(FACING, device=normals.device).view(3, 1, 1)
-    return torch.where(length > 1e-6, turned / length.clamp_min(1e-6), facing).permute(1, 2, 0).contiguous()
+    return torch.where(length <= 1e-6, facing, turned / length.clamp_min(1e-6)).permute(1, 2, 0).contiguous()
 
 
 def faces_camera(normals: np.ndarray) -> bool:

@@ -120,7 +120,12 @@ def _anchored(own: np.ndarray, reference: np.ndarray) -> Iterable[tuple[float, f
 
 
 def _scores(images: Sequence[Det]) -> np.ndarray:
-    return np.array([i["score"] for image in images for i in image["instances"]], dtype=np.float64)
+    return np.array([_raw(i) for image in images for i in image["instances"]], dtype=np.float64)
+
+
+def _raw(instance: dict[str, Any]) -> float:
+    """The score before any calibration: one is fitted to what the network itself says."""
+    return float(instance.get("score_raw", instance["score"]))
 
 
 def _judged(images: Sequence[Det], truth: Sequence[Det]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,14 +135,14 @@ def _judged(images: Sequence[Det], truth: Sequence[Det]) -> tuple[np.ndarray, np
         free = defaultdict(list)
         for instance in true["instances"]:
             free[instance["class_name"]].append(np.array(instance["boxes"]))
-        for instance in sorted(image["instances"], key=lambda i: -i["score"]):
+        for instance in sorted(image["instances"], key=lambda i: -_raw(i)):
             left = free[instance["class_name"]]
             overlaps = [_overlap(np.array(instance["boxes"]), box) for box in left]
             best = int(np.argmax(overlaps)) if overlaps else -1
             hit = best >= 0 and overlaps[best] >= _OVERLAP
             if hit:
                 left.pop(best)
-            scores.append(instance["score"])
+            scores.append(_raw(instance))
             right.append(float(hit))
     return np.array(scores), np.array(right)
 

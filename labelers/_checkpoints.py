@@ -77,23 +77,31 @@ def _torch(file: Path, stubs: Sequence[str]) -> dict[str, Any]:
             f"{file.name} is a TorchScript archive, which can only be read by running its code: "
             "use the safetensors file of the same weights"
         )
-    # An ordered dict takes whatever items and attributes a class was saved with, and does nothing with them.
-    known: list[Any] = [(OrderedDict, name) for name in stubs]
+    known: list[Any] = [(_Inert, name) for name in stubs]
     try:
         with torch.serialization.safe_globals(known):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(file):
             raise ValueError(_damaged(file, "a torch file of tensors alone (weights_only)", error)) from error
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+        others = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - set(stubs)
         raise ValueError(
-            f"{file.name} holds more than tensors and is not read (weights_only): {', '.join(sorted(others))}"
+            f"{file.name} holds more than tensors and is not read (weights_only): {', '.join(sorted(others))}; if you "
+            "trust it, save its state_dict alone as safetensors and name that file as checkpoint"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(_damaged(file, "a torch file", error)) from error
     if not isinstance(state, dict):
         raise ValueError(f"{file.name}: expected a dict of tensors, found {type(state).__name__}")
     return state
+
+
+class _Inert:
+    """What stands for a class that is not wanted: it takes whatever that was saved with, and does nothing with it."""
+
+    def __new__(cls, *_: Any) -> Any:
+        """An empty dict, which takes items and attributes."""
+        return OrderedDict()
 
 
 class _Arrays(pickle.Unpickler):

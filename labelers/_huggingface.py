@@ -61,12 +61,13 @@ def first_part(checkpoint: str, names: Sequence[str]) -> tuple[str, Path]:
     """
     from huggingface_hub import errors
 
+    hopeless = (errors.LocalEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     for name in names:
         try:
             return name, part(checkpoint, name)
         except FileNotFoundError as error:
             missing = error
-            refused = isinstance(error.__cause__, errors.LocalEntryNotFoundError | errors.RepositoryNotFoundError)
+            refused = isinstance(error.__cause__, hopeless)
             if refused and not weights.offline():
                 raise
     why = f"has none of {', '.join(names)}"
@@ -89,7 +90,8 @@ def describe(checkpoint: str, licence: str) -> weights.Weights:
 
     The preprocessor's file may be absent; FileNotFoundError when another is.
     """
-    return weights.describe_folder(checkpoint, (FILE, CONFIG), optional=(PREPROCESSOR,), licence=licence)
+    files = (*weight_files(checkpoint), CONFIG)
+    return weights.describe_folder(checkpoint, files, optional=(PREPROCESSOR,), licence=licence)
 
 
 def document(checkpoint: str, name: str) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def network(
     model_class: type[Model],
     who: str,
     *,
-    file: str | Sequence[str] = FILE,
+    file: Sequence[str] | None = None,
     configuration: PreTrainedConfig | None = None,
     unused: Sequence[str] = (),
     idle: Sequence[str] = (),
@@ -135,16 +137,15 @@ def network(
 ) -> Model:
     """The network on the CPU for inference, every tensor of it read from the checkpoint and every tensor there used.
 
-    `file` names the file of the tensors, or several (`weight_files`). transformers renames what older versions of it
+    `file` names the files of the tensors, by default `weight_files`. transformers renames what older versions of it
     have named otherwise, and ties what is tied. Regular expressions name what differs on purpose: `unused` tensors of
     the file that the network does not need, `idle` tensors of the network that its output does not depend on and that
     the file may lack. float32 unless a `dtype` is given. ValueError lists what is missing, unexpected or of another
     shape.
     """
     state: dict[str, Tensor] = {}
-    for name in (file,) if isinstance(file, str) else file:
-        one = weights.resolve(checkpoint, name) if isinstance(file, str) else part(checkpoint, name)
-        state |= _checkpoints.read(one)
+    for name in weight_files(checkpoint) if file is None else file:
+        state |= _checkpoints.read(part(checkpoint, name))
     if configuration is None:
         kind: Any = model_class.config_class
         configuration = config(checkpoint, kind)

@@ -72,6 +72,19 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager[None]:
     return torch.autocast("cuda", dtype=dtype) if dtype != torch.float32 else nullcontext()
 
 
+def finite(values: Tensor, who: str) -> Tensor:
+    """The same values; FloatingPointError when one is not finite.
+
+    Thresholds and maxima would turn such values into labels that look valid: nothing found, or the first class.
+    """
+    if not values.isfinite().all():
+        raise FloatingPointError(
+            f"{who}: the network gave values that are not finite, expected finite ones: a precision of more range "
+            "(bfloat16 or float32) may help"
+        )
+    return values
+
+
 def require(who: str, package: str, extra: str) -> Any:
     """An optional package, imported; ImportError says which extra brings it."""
     try:

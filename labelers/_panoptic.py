@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dataengine import coco
-from labelers import _images
+from labelers import _images, _networks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ def semantic(
     """
     import torch
 
+    _networks.finite(masks, "semseg"), _networks.finite(classes, "semseg")  # the first class would be the largest
     rows = _resampling(masks.shape[1], input_size[0], inner[0], size[0])
     columns = _resampling(masks.shape[2], input_size[1], inner[1], size[1]).to(masks.device)
     shares = classes.float().softmax(-1)[:, list(places)].T.contiguous()

@@ -138,7 +138,7 @@ class Predictor:
 
     def prepare(self, rgb: np.ndarray) -> Prepared:
         """Resized by Pillow's antialiased bilinear filter, as the package does."""
-        height, width = (int(n * (self.side / max(rgb.shape[:2])) + 0.5) for n in rgb.shape[:2])
+        height, width = (max(int(n * (self.side / max(rgb.shape[:2])) + 0.5), 1) for n in rgb.shape[:2])
         resized = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
         return Prepared(np.asarray(resized), rgb.shape[:2])
 

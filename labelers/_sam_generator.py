@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from labelers import _networks
 from labelers._sam_decoder import Decoder, Shared
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Network(Protocol):
 
     decoder: Decoder
     device: str
+    side: int
 
     def prepare(self, rgb: np.ndarray) -> Prepared:
         """An image uint8 (h, w, 3) as the network takes it."""
@@ -142,6 +144,7 @@ class Generator:
         """The masks that pass of some points of some images, numbered from the first of each."""
         settings, decoder = self.settings, self.network.decoder
         scores, hyper, image = decoder.attend(shared, codes)
+        _networks.finite(scores, "sam")  # what is not a number passes no threshold
         self.work["decoder_calls"] += 1
         self.work["points"] += len(scores)
         passed = scores > settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else scores == scores
@@ -174,7 +177,8 @@ class Generator:
             yield passed_all
 
     def _enlarged(self, logits: Tensor, image: Prepared) -> Iterator[Tensor]:
-        step = max(self.pixels // (image.size[0] * image.size[1]), 1)
+        # Masks are enlarged to the network's side before they are to the image's.
+        step = max(self.pixels // max(image.size[0] * image.size[1], self.network.side**2), 1)
         self.work["masks_upsampled"] += len(logits)
         for i in range(0, len(logits), step):
             yield self.network.enlarge(logits[i : i + step], image)

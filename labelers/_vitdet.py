@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labelers import _checkpoints
+from labelers import _checkpoints, _grid_attention
 
 EPS = 1e-6
 """Of every layer norm: torch's own default is ten times as large."""
@@ -35,15 +35,8 @@ class Attention(nn.Module):
         """(n, side, side, width) to the same."""
         n, side, _, width = x.shape
         q, k, v = self.qkv(x).view(n, side * side, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        cells = torch.arange(side, device=x.device)
-        apart = cells[:, None] - cells[None, :] + side - 1
-        query = q.unflatten(2, (side, side))
-        rows = torch.einsum("naijc,ikc->naijk", query, self.rel_pos_h[apart])
-        columns = torch.einsum("naijc,jkc->naijk", query, self.rel_pos_w[apart])
-        # Contiguous before they are added, not after: a bias over the whole grid is half a gigabyte an image.
-        bias = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
-        bias = bias.view(n, self.heads, side * side, side * side)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        places = _grid_attention.places(side, side, x.device).to(x.dtype)
+        out = _grid_attention.attend(q, k, v, self.rel_pos_h, self.rel_pos_w, places)
         return self.proj(out.transpose(1, 2).reshape(n, side, side, width))
 
 

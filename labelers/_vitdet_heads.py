@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from labelers import _checkpoints, _vitdet_boxes
+from labelers import _checkpoints, _networks, _vitdet_boxes
 from labelers._vitdet import NormedConv
 
 WEIGHTS = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))
@@ -55,7 +55,10 @@ class ProposalNetwork(nn.Module):
         self.rpn_head = ProposalHead(channels, convolutions)
 
     def forward(self, maps: Sequence[Tensor], limits: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For each image boxes (at most 1000, 4) within it and their logits, best first; `limits` (n, 4) is w h w h."""
+        """For each image boxes (at most 1000, 4) within it and their logits, best first; `limits` (n, 4) is w h w h.
+
+        FloatingPointError when they are not finite: such boxes would be dropped as empty, and nothing be found.
+        """
         boxes, logits, levels = [], [], []
         for level, (values, stride) in enumerate(zip(maps, _vitdet_boxes.STRIDES, strict=True)):
             every, deltas = self.rpn_head(values)
@@ -65,8 +68,9 @@ class ProposalNetwork(nn.Module):
             boxes.append(_vitdet_boxes.clipped(_vitdet_boxes.moved(anchors, deltas, (1.0, 1.0)), limits[:, None]))
             logits.append(best)
             levels.append(torch.full_like(where[0], level))
-        every_level = torch.cat(levels)
-        return [_suppressed(b, s, every_level) for b, s in zip(torch.cat(boxes, 1), torch.cat(logits, 1), strict=True)]
+        every_level, every_box, every_logit = torch.cat(levels), torch.cat(boxes, 1), torch.cat(logits, 1)
+        _networks.finite(every_logit, "vitdet"), _networks.finite(every_box, "vitdet")
+        return [_suppressed(b, s, every_level) for b, s in zip(every_box, every_logit, strict=True)]
 
 
 def _suppressed(boxes: Tensor, logits: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,7 @@ class Detector(nn.Module):
         limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32, device=pixels.device)
         proposals = [boxes for boxes, _ in self.proposal_generator(maps, limits)]
         boxes, scores = self.roi_heads(maps[:4], proposals, limits)
-        if not (torch.isfinite(scores).all() & torch.isfinite(boxes).all()):
-            raise FloatingPointError("vitdet: the network gave scores or boxes that are not finite")
+        _networks.finite(scores, "vitdet"), _networks.finite(boxes, "vitdet")
         counts = [len(some) for some in proposals]
         return [
             _vitdet_heads.detections(b, s, min_score, max_overlap, most)

@@ -66,13 +66,19 @@ class DFine(Labeler):
         height, width, resample, statistics = geometry(self.checkpoint)
         knots = _calibration.read(self.calibration)
         _networks.placed(model, device, compiled=self.compiled)
+        for projection in model.model.decoder_input_proj:
+            # transformers makes the anchors, which are positions, in the precision of what this gives.
+            projection.register_forward_hook(lambda _layer, _inputs, out: out.float())
+        integral = model.model.decoder.integral
+        integral.forward = torch.autocast("cuda", enabled=False)(integral.forward)
 
         def label(images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
             with torch.inference_mode():
                 pixels = _images.normalised(images, statistics, device)
                 with _networks.autocast(device, self.precision):
                     out = model(pixel_values=pixels)
-                found = [values.cpu().numpy() for values in best(out.logits.float(), out.pred_boxes.float())]
+                logits, boxes = (_networks.finite(v.float(), self.name) for v in (out.logits, out.pred_boxes))
+                found = [values.cpu().numpy() for values in best(logits, boxes)]
             return [
                 {"det": {"instances": _instances(scores, classes, corners, knots, self.min_score)}}
                 for scores, classes, corners in zip(*found, strict=True)

@@ -68,6 +68,8 @@ class Florence2(Labeler):
     def load(self, device: str) -> Loaded:
         """Read the network and its tokenizer, and put it on the device."""
         network = _networks.placed(writer(self.checkpoint), device, self.precision)
+        # A search among words whose scores are no numbers ends in no words, which is a valid caption.
+        network.lm_head.register_forward_hook(lambda _layer, _inputs, logits: _networks.finite(logits, self.name))
         side, resample, statistics = _preprocessing(self.checkpoint)
         tokenizer = _tokenizer(self.checkpoint)
         prompt = prompt_ids(network, tokenizer, self.task, side)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +29,27 @@ if TYPE_CHECKING:
 
 LICENCE = "MIT (code), research (SMPL)"
 """The weights have no licence of their own; they were trained on fits of SMPL and data for research."""
-STUBS = ("yacs.config.CfgNode",)
-"""What lies in the published file beside the tensors: its settings."""
+STUBS = (
+    "yacs.config.CfgNode",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode",
+    "omegaconf.nodes.FloatNode",
+    "omegaconf.nodes.BooleanNode",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "typing.Any",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.int",
+    "builtins.str",
+    "collections.defaultdict",
+)
+"""What may lie in the published file beside the tensors: its settings, as yacs, OmegaConf or Lightning saved them."""
 PLACES = 5
 """Decimals of what is written."""
 
@@ -120,15 +142,17 @@ def unpacked(file: Path) -> Path:
                 try:
                     shutil.copyfileobj(stream, partial, 1 << 22)
                     partial.flush()
+                    os.chmod(partial.name, stat.S_IMODE(file.stat().st_mode))  # a cache may be read by others
                     os.replace(partial.name, target)
                 except BaseException:
                     os.unlink(partial.name)
                     raise
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file.name} is cut short, damaged or no tar archive: {error}; fetch it again") from error
-    except PermissionError as error:
-        raise PermissionError(
-            f"{file.parent} cannot be written: unpack {file.name} elsewhere and name the .ckpt in it as checkpoint"
+    except OSError as error:
+        raise OSError(
+            f"{file.parent} cannot be written ({error.strerror}): unpack {file.name} elsewhere and name the .ckpt in "
+            "it as checkpoint"
         ) from error
     return target
 

@@ -59,7 +59,8 @@ class OmnidataDepth(Labeler):
         placed = _networks.placed(network, device, self.precision, compiled=self.compiled)
 
         def run(images: list[_maps.Fitted]) -> torch.Tensor:
-            return placed(_images.normalised([image.rgb for image in images], CENTRED, device)).clamp(0, 1)
+            depths = placed(_images.normalised([image.rgb for image in images], CENTRED, device))
+            return _networks.finite(depths, self.name).clamp(0, 1)
 
         def label(images: Sequence[_maps.Fitted]) -> list[dict[str, Any]]:
             with torch.inference_mode():

@@ -57,7 +57,7 @@ class OmnidataNormal(Labeler):
 
         def run(images: list[_maps.Fitted]) -> torch.Tensor:
             colours = placed(_images.normalised([image.rgb for image in images], PLAIN, device))
-            return colours.clamp(0, 1) * 2 - 1
+            return _networks.finite(colours, self.name).clamp(0, 1) * 2 - 1
 
         def label(images: Sequence[_maps.Fitted]) -> list[dict[str, Any]]:
             with torch.inference_mode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,7 +188,10 @@ def _tokenizer(checkpoint: str) -> Tokenizer:
     from transformers import T5Tokenizer
 
     # sentencepiece's own model, read by that library; transformers adds the rules by which T5 splits and ends a text.
-    found: Tokenizer = T5Tokenizer.from_pretrained(str(file.parent), local_files_only=True).backend_tokenizer
+    # Alone in a folder, for other files beside it would change the ids, and are not part of the labeler's identity.
+    with tempfile.TemporaryDirectory(prefix="t5-") as alone:
+        shutil.copyfile(file, Path(alone, name))
+        found: Tokenizer = T5Tokenizer.from_pretrained(alone, local_files_only=True).backend_tokenizer
     return found
 
 

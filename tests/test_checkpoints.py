@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +48,17 @@ def test_classes_beside_the_tensors_are_read_as_empty_ones_when_they_are_named(t
         _checkpoints.read(tmp_path / "a.ckpt")
     found = _checkpoints.read(tmp_path / "a.ckpt", stubs=(f"{Config.__module__}.Config",))
     assert found["bias"].tolist() == [1, 1]
+
+
+def test_settings_as_hydra_and_lightning_save_them_are_passed_over(tmp_path: Path) -> None:
+    saved = {"state_dict": state(), "hyper_parameters": {"cfg": Config(lr=1), "types": Any, "by": defaultdict(dict)}}
+    torch.save(saved, tmp_path / "a.ckpt")
+    stubs = (f"{Config.__module__}.Config", "typing.Any", "collections.defaultdict", "builtins.dict")
+    assert _checkpoints.read(tmp_path / "a.ckpt", stubs=stubs)["bias"].tolist() == [1, 1]
+    with pytest.raises(
+        ValueError, match=r"\(weights_only\): builtins.dict, collections.defaultdict; if you trust it, save"
+    ):
+        _checkpoints.read(tmp_path / "a.ckpt", stubs=stubs[:2])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "pkl"])

@@ -165,6 +165,15 @@ def test_a_fit_finds_which_scores_mean_the_same(with_truth: bool) -> None:
     assert rising[-1] == 1
 
 
+def test_a_calibrated_column_is_fitted_by_its_raw_scores() -> None:
+    own, reference, _ = imagined(np.random.default_rng(0), 50)
+    knots = _calibration.fit(own, reference)
+    calibrated = [
+        {"instances": [{**i, "score": 0.5, "score_raw": i["score"]} for i in image["instances"]]} for image in own
+    ]
+    assert _calibration.fit(calibrated, reference) == knots
+
+
 def test_an_instance_of_another_class_or_seen_twice_is_wrong() -> None:
     box, other = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]
     truth = [_det([box], np.ones(1))]

@@ -54,6 +54,16 @@ def test_a_folder_a_file_and_urls_of_both_give_what_transformers_reads(file: Pat
     assert url.sha256 == weights.describe(str(file), licence="MIT").sha256
 
 
+def test_a_checkpoint_is_the_file_that_was_named_and_no_other(file: Path) -> None:
+    tuned = file.with_name("finetuned.safetensors")
+    save_file({name: value + 1 for name, value in load_file(file).items()}, tuned)
+    base, other = (_huggingface.describe(str(f), "MIT") for f in (file, tuned))
+    assert base.sha256 != other.sha256
+    assert (base.random, other.random) == (True, False)
+    file.unlink()
+    assert _huggingface.describe(str(tuned), "MIT") == other
+
+
 def test_the_file_has_the_names_of_published_checkpoints(file: Path) -> None:
     assert "encoder.layers.0.blocks.0.attention.self.query.weight" in load_file(file)
 
@@ -103,7 +113,9 @@ def test_a_damaged_config_and_a_missing_one_are_told(file: Path) -> None:
 
 def test_no_network_is_said_with_the_file_and_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors of nobody/nothing is neither cached nor reachable"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nobody/nothing has none of .*model.safetensors.* and downloads are off"
+    ):
         read("nobody/nothing")
 
 

@@ -77,6 +77,34 @@ def test_each_image_is_labelled_for_itself(labeler: Labeler) -> None:
             assert_close(a, b)
 
 
+def test_a_network_that_gives_no_numbers_labels_nothing(labeler: Labeler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not a number passes no threshold, so that it would become "nothing found", and is below no maximum."""
+    import torch
+
+    from labelers import _checkpoints
+
+    read, seen = _checkpoints.read, []
+
+    def poisoned(*args: Any, **kwargs: Any) -> _checkpoints.State:
+        state = read(*args, **kwargs)
+        seen.append(state.source)
+        nan = {name: torch.full_like(v, torch.nan) if v.is_floating_point() else v for name, v in state.items()}
+        return _checkpoints.State(nan, state.source)
+
+    def labelled() -> None:
+        samples = photographs(labeler.inputs)
+        for sample, value in zip(samples, run(labeler, samples), strict=True):
+            for name in labeler.emits:
+                modalities.load(name).check(value[name], sample.size)
+
+    if labeler.weights() is None:
+        return
+    monkeypatch.setattr(_checkpoints, "read", poisoned)
+    with pytest.raises((FloatingPointError, ValueError), match="(?i)finite|nan"):
+        labelled()
+    assert seen
+
+
 def assert_close(a: Any, b: Any) -> None:
     if isinstance(a, np.ndarray) and a.dtype.kind == "f":
         np.testing.assert_allclose(a, b, atol=2e-2, rtol=2e-2)
