@@ -100,7 +100,7 @@ def test_a_network_that_gives_no_numbers_labels_nothing(labeler: Labeler, monkey
     if labeler.weights() is None:
         return
     monkeypatch.setattr(_checkpoints, "read", poisoned)
-    with pytest.raises((FloatingPointError, ValueError), match="(?i)finite|nan"):
+    with pytest.raises((FloatingPointError, ValueError), match=r"(?i)finite|nan"):
         labelled()
     assert seen
 
