@@ -1,14 +1,11 @@
-"""Serialisers against ml-4m's own, label for label and draw for draw; and their inverses, whatever a model writes."""
+"""Serialisers against ml-4m's own, label for label and draw for draw."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,103 +14,22 @@ import cv2
 import numpy as np
 import pytest
 
-from dataengine import codecs, modalities
+from dataengine import modalities
 from dataengine.geometry import Crop
-from dataengine.modalities import Piece, TextLike, _lattice
+from dataengine.modalities import _lattice
 from dataengine.modalities.human_poses import mirrored
 from dataengine.modalities.human_poses_tokens import HumanPosesTokens
 from dataengine.modalities.sam_instance_tokens import SamInstanceTokens
-from model.tokenizers.text import NUM_SPECIAL, TextTokenizer, train
+from model.tokenizers.text import TextTokenizer
+from tests.serialised import GOLDEN, TEXTS, Words, labels, load, maker, said, small
 
-GOLDEN = Path(__file__).parent / "golden"
 TRAINED = os.environ.get("ML4M_TEXT_TOKENIZER", "")
-TEXTS = ("caption", "det", "metadata", "color_palette", "human_poses_tokens", "sam_instance_tokens")
-MUTANTS = 10_000
-
-
-def _maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_serialisers", GOLDEN / "make_serialisers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_serialisers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-maker = _maker()
-
-
-@functools.cache
-def labels(name: str) -> list[Any]:
-    return list(maker.labels(name))
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((GOLDEN / "serialisers.json").read_text())
     return found
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A WordPiece of our own, small enough that some keywords are several pieces."""
-    texts = [
-        "a naïve dog by the sea",
-        "human pose global shape camera",
-        "polygon none",
-        "漢 字 😀 é ß . , ' ! ? - = [ ] #",
-    ]
-    path = tmp_path_factory.mktemp("text") / "text.json"
-    return train([*texts, "abcxyz 0123456789 don't point"], NUM_SPECIAL + 160, path)
-
-
-class Words:
-    """A tokenizer without loss: an id for every word between blanks, coordinates at 4M's ids."""
-
-    def __init__(self) -> None:
-        self.words = [*map(str, range(204)), *(f"v{axis}={i}" for axis in range(4) for i in range(1000))]
-        self.ids = {word: i for i, word in enumerate(self.words)}
-
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for word in text.split(" ") if text else []:
-            if word not in self.ids:
-                self.ids[word] = len(self.words)
-                self.words.append(word)
-            ids.append(self.ids[word])
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(self.words[i] for i in ids)
-
-
-def load(name: str) -> TextLike:
-    codec = modalities.load(name)
-    assert isinstance(codec, TextLike)
-    return codec
-
-
-def pieces_of(codec: TextLike, label: Any) -> list[Piece]:
-    """The variant of a label, by way of its bytes."""
-    value = codec.decode(codecs.encode_json(label.value))
-    codec.check(value, label.size)
-    if codec.choice == "any":
-        return codec.variants(value, [label.crop], label.size)[label.row if len(value) else 0]
-    crops = [label.crop] * (len(value["crops"]) if codec.name == "sam_instance_tokens" else 1)
-    return codec.variants(value, crops, label.size)[label.row]
-
-
-def said(codec: TextLike, label: Any, tokenizer: Any) -> list[int]:
-    """The ids of a label as whoever trains has them, for the label's draws."""
-    pieces = pieces_of(codec, label)
-    ids = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in pieces]
-    if isinstance(codec, SamInstanceTokens):
-        points = maker.query_points(label)
-        ordered = codec.say(ids, points, maker.priorities(label, len(points), len(ids) - 5))
-    else:
-        ordered = codec.assemble(ids, label.draws)
-    return [i for piece in ordered for i in piece]
 
 
 @pytest.fixture
@@ -151,10 +67,11 @@ def test_ids_are_ml4ms(name: str, golden: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("faithful")
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_of_pieces_are_those_of_the_string(name: str, small: TextTokenizer) -> None:
+def test_ids_of_pieces_are_those_of_the_string(name: str) -> None:
     codec, words = load(name), Words()
+    assert len(small().encode("polygon")) == 2
     for label in labels(name)[::20]:
-        assert said(codec, label, small) == small.encode(words.decode(said(codec, label, words)))
+        assert said(codec, label, small()) == small().encode(words.decode(said(codec, label, words)))
 
 
 def test_poses_differ_from_ml4m_only_where_it_errs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,134 +227,3 @@ def test_instances_of_another_number_of_crops_are_refused() -> None:
     value = codec.example(np.random.default_rng(0), (48, 48))
     with pytest.raises(ValueError, match="expected instances of 3 crops, got 2"):
         codec.variants(value, [Crop(0, 0, 9, 9)] * 3, (9, 9))
-
-
-def test_poses_round_trip() -> None:
-    codec, words = load("human_poses_tokens"), Words()
-    size, whole = (224, 224), Crop(0, 0, 224, 224)
-    for seed in range(100):
-        rng = np.random.default_rng(seed)
-        value = codec.example(rng, size)
-        value["pred_cam"] = rng.uniform((-1, -1, 0), (3, 3, 19), (2, 3)).tolist()
-        value["pred_smpl_params"]["betas"] = rng.uniform(-3, 3, (2, 10)).tolist()
-        ((*pieces,),) = codec.variants(value, [whole], size)
-        ids = codec.assemble([words.encode(str(piece)) for piece in pieces], rng)
-        text = words.decode([i for piece in ids for i in piece])
-        found, complaints = codec.parse(text)
-        assert complaints == []
-        codec.check(found, size)
-        assert found["pose_tokenized"] == value["pose_tokenized"]
-        params, expected = found["pred_smpl_params"], value["pred_smpl_params"]
-        half = {"global_orient": 0.5 / 499.5, "betas": 0.5 / 166.5}
-        for key, tolerance in half.items():
-            np.testing.assert_allclose(params[key], expected[key], atol=tolerance + 1e-9)
-        np.testing.assert_allclose(found["pred_cam"], value["pred_cam"], atol=0.5 / 49.95 + 1e-9)
-        np.testing.assert_allclose(found["bbox_xyxy"], value["bbox_xyxy"], atol=224 * 0.502 / 999)
-        assert codec.variants(found, [whole], size) == [pieces]
-
-
-def test_instances_round_trip() -> None:
-    codec, words = load("sam_instance_tokens"), Words()
-    met = 0
-    for label in labels("sam_instance_tokens")[::10]:
-        text = words.decode(said(codec, label, words))
-        found, complaints = codec.parse(text)
-        assert complaints == []
-        codec.check(found, label.size)
-        assert found["points"] == maker.query_points(label).tolist()
-        instances = label.value["crops"][label.row]
-        for instance in instances:
-            contour = np.array(instance["polygon"], np.int32)[:, None]
-            inside = [p for p in found["points"] if cv2.pointPolygonTest(contour, tuple(p), measureDist=True) >= 0]
-            same = [i for i in found["crops"][0] if i["tokens"] == instance["tokens"]]
-            assert [i["points"] for i in same] == [inside] * bool(inside)
-            assert all(i["bbox"] == [int(v) for v in instance["bbox"]] for i in same)
-            met += len(same)
-    assert met > 100
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "kept", "complaint"),
-    [
-        ("human_poses_tokens", "", 0, "expected 'none', or 'human' first, got ''"),
-        ("human_poses_tokens", "none {person}", 1, "'human' first, got 'none'"),
-        ("human_poses_tokens", "{person} {person}", 2, None),
-        ("human_poses_tokens", "dog {person}", 1, "'human' first, got 'dog'"),
-        ("human_poses_tokens", "{person} shape v0=1", 0, "person 1: expected 'human', got 'shape v0=1'"),
-        ("human_poses_tokens", "{person:pose} {person}", 1, "person 1: expected 'pose', got"),
-        ("human_poses_tokens", "human v0=9 v1=0 v2=3 v3=9", 0, "x0 <= x1"),
-        ("human_poses_tokens", "human v0=1 v1=0 v2=3", 0, "after 'human', got 'v0=1 v1=0 v2=3'"),
-        ("human_poses_tokens", "human v0=1 v1=0 v2=3 v3=9 pose v0=512", 0, "8 of v0=0 to v1=511, got 'v0=512'"),
-        ("human_poses_tokens", "human v0=1 v1=0 v2=3 v3=9 camera v0=5 v0=-3 v0=4", 0, "3 of v0= after 'camera'"),
-        ("human_poses_tokens", "{person:turn}", 1, "person 1: expected a rotation after 'global'"),
-        ("sam_instance_tokens", "", 0, "expected 'point' first, got ''"),
-        ("sam_instance_tokens", "point v0=3 v1=4 none", 0, None),
-        ("sam_instance_tokens", "point v0=3 v1=4 {instance} point v0=4 v1=4 {instance}", 1, None),
-        ("sam_instance_tokens", "point v0=3 v1=4 {instance} {instance}", 1, "twice at one point"),
-        ("sam_instance_tokens", "point v0=3 v1=4 none {instance}", 1, "'none' or 'polygon' after a point"),
-        ("sam_instance_tokens", "point v0=3 v1=4", 0, "'none' or 'polygon' after a point, got ''"),
-        ("sam_instance_tokens", "point v0=3 v1=224 none", 0, "v0= v1= below 224 after 'point'"),
-        ("sam_instance_tokens", "point v0=3 v1=4 none point v0=3 v1=4 none", 0, "the point v0=3 v1=4 a second time"),
-        ("sam_instance_tokens", "point v0=3 v1=4 polygon v0=0 v1=0 v2=9 v3=9 v0=1", 0, "16 of v0=0 to v1=511"),
-        ("sam_instance_tokens", "point v0=3 v1=4 polygon v0=9 v1=0 v2=8 v3=9", 0, "xmin <= xmax"),
-        ("sam_instance_tokens", "point v0=3 v1=4 polygon v0=9 v1=0 v2=225 v3=9", 0, "up to 224"),
-    ],
-)  # fmt: skip
-def test_parsers_say_what_is_wrong(name: str, text: str, kept: int, complaint: str | None) -> None:
-    box, rest = "human v0=1 v1=0 v2=3 v3=9", "camera v0=9 v0=9 v0=9 shape" + " v0=9" * 10
-    turn, pose = "global" + " v0=999 v0=500 v0=500 v0=500" * 2 + " v0=999", "pose v1=9" + " v0=511" * 7
-    text = text.replace("{person:pose}", f"{box} {turn} {rest}").replace(
-        "{person:turn}", f"{box} {rest} {pose} global" + " v0=0" * 9
-    )
-    text = text.replace("{person}", f"{box} {pose} {turn} {rest}")
-    text = text.replace("{instance}", "polygon v0=0 v1=0 v2=9 v3=9" + " v0=511 v1=3" * 8)
-    value, complaints = load(name).parse(text)
-    found = value["crops"][0] if isinstance(value, dict) and "crops" in value else value and value["bbox_xyxy"]
-    assert len(found) == kept
-    assert len(complaints) == (complaint is not None)
-    assert complaint is None or complaint in complaints[0]
-
-
-def _mutant(rng: np.random.Generator, ids: list[int], largest: int) -> list[int]:
-    """One to three changes: a token deleted, doubled, swapped or replaced, or the end cut off."""
-    ids = list(ids)
-    for _ in range(int(rng.integers(1, 4))):
-        if not ids:
-            return [int(rng.integers(largest))]
-        i, j, kind = (int(v) for v in rng.integers((len(ids), len(ids), 5)))
-        if kind == 0:
-            del ids[i]
-        elif kind == 1:
-            ids.insert(i, ids[i])
-        elif kind == 2:
-            ids[i], ids[j] = ids[j], ids[i]
-        elif kind == 3:
-            ids[i] = int(rng.integers(largest))
-        else:
-            del ids[i:]
-    return ids
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_parsers_survive_mutants(name: str, small: TextTokenizer) -> None:
-    codec, rng = load(name), np.random.default_rng(0)
-    whole = {"color_palette": lambda v: [{**codec.placeholder((1, 1))[0], **v[0]}]}.get(name, lambda v: v)
-    # Long ones would only take longer.
-    sequences = [ids for label in labels(name)[:200] if len(ids := said(codec, label, small)) < 160]
-    complained = 0
-    for k in range(MUTANTS):
-        text = small.decode(_mutant(rng, sequences[k % len(sequences)], small.vocab_size))
-        value, complaints = codec.parse(text)
-        assert all(isinstance(complaint, str) and 0 < len(complaint) < 250 for complaint in complaints)
-        codec.check(whole(value), (224, 224))
-        complained += bool(complaints)
-    assert 0.2 * MUTANTS < complained < MUTANTS
-
-
-def test_valid_sequences_are_not_complained_of(small: TextTokenizer) -> None:
-    for name in set(TEXTS) - {"caption"}:
-        codec = load(name)
-        for label in labels(name)[::25]:
-            text = small.decode(said(codec, label, small))
-            if "v0=" in text:
-                assert codec.parse(text)[1] == [], text

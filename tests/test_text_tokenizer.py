@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from model.tokenizers.text import COCO_CLASSES, NUM_SPECIAL, TextTokenizer, train
 
+TRAINED = os.environ.get("ML4M_TEXT_TOKENIZER", "")
 TEXTS = [
     f"a {color} {shape} beside a {other}"
     for color in ("red", "blue")
@@ -113,3 +115,19 @@ def test_a_vocabulary_without_room_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no text tokenizer at"):
         TextTokenizer.load(tmp_path / "none.json")
+
+
+@pytest.mark.skipif(not TRAINED, reason="ML4M_TEXT_TOKENIZER: the path of text_tokenizer_4m_wordpiece_30k.json")
+def test_ml4ms_own_file_is_what_training_writes_but_for_learned_pieces(path: Path) -> None:
+    theirs, ours = json.loads(Path(TRAINED).read_text()), json.loads(path.read_text())
+    for stored in (theirs, ours):
+        vocab = stored["model"].pop("vocab")
+        assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert theirs == ours
+    tokenizer = TextTokenizer.load(Path(TRAINED))
+    assert tokenizer.vocab_size == 30_000
+    words = {"none": 18109, "human": 6304, "global": 9292, "pose": 8620, "shape": 6631, "camera": 5585}
+    words |= {"point": 6712, "polygon": 14445, "dog": 4232, "dining table": 4231, "[S_1]": 5, "v3=999": 4203}
+    assert {word: tokenizer.encode(word) for word in words} == {word: [id] for word, id in words.items()}
+    assert tokenizer.encode("a dog") == [4321, 4232]
+    assert tokenizer.decode([4321, 4232, tokenizer.eos_id]) == "a dog [EOS]"
