@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,6 +52,18 @@ class Layout:
     """How many placeholders for failed labels each column of the export holds."""
     masks: dict[int, np.ndarray] = field(default_factory=dict)
     """For shards with samples that are left out: a bit for each key, 1 where it is kept, packed into uint8."""
+
+
+class Form(Protocol):
+    """How a certain reader needs columns to be."""
+
+    name: str
+
+    def folder(self, column: str) -> str:
+        """Where its tars go."""
+
+    def form(self, column: str, num_crops: int) -> Callable[[Member], Member]:
+        """What becomes of its members."""
 
 
 def layout(dataset: Dataset, columns: Sequence[str], drop_invalid: bool, shard_size: int | None) -> Layout:
@@ -147,11 +159,13 @@ def export(
     out: str,
     plan: Layout,
     on_tar: Callable[[str], None] = lambda path: None,
+    reader: Form | None = None,
 ) -> dict[str, Any]:
     """Write `<column>/shard-00000.tar` for every column under `out`, and `export.json`, which it returns, last.
 
     All tars of a number hold the same keys in the same order. Run it again to complete one that was cut short: tars
     that are there are kept. Conflict when something else is under `out`, or the dataset has changed in between.
+    `reader` says how it needs the columns to be; without one they have the bytes that they have in the dataset.
     """
     if not plan.num_samples:
         raise ValueError(f"nothing to export: none of {plan.num_dropped} samples is valid in {', '.join(plan.columns)}")
@@ -163,7 +177,11 @@ def export(
         "drop_invalid": plan.drop_invalid,
         "shard_size": plan.shard_size,
     }
-    if _claim(target, asked):
+    folders = {column: column for column in plan.columns}
+    if reader is not None:
+        folders = {column: reader.folder(column) for column in plan.columns}
+        asked["reader"] = reader.name
+    if _claim(target, asked, list(folders.values())):
         manifest: dict[str, Any] = json.loads(target.read(MANIFEST))
         return manifest
     tars: dict[str, list[dict[str, Any]]] = {}
@@ -171,11 +189,14 @@ def export(
         source = _Column(dataset, column, plan.masks)
         tars[column] = []
         for number, pieces in enumerate(plan.pieces):
-            path = tar_path(column, number)
+            path = tar_path(folders[column], number)
             if target.exists(path):
                 data = target.read(path)
             else:
-                data = shards.build_tar(itertools.chain.from_iterable(source.rows(p) for p in pieces))
+                members: Iterable[Member] = itertools.chain.from_iterable(source.rows(p) for p in pieces)
+                if reader is not None:
+                    members = map(reader.form(column, dataset.plan.num_crops), members)
+                data = shards.build_tar(members)
                 target.publish(path, data)
             tars[column].append({"sha256": shards.sha256(data), "num_bytes": len(data)})
             on_tar(path)
@@ -194,18 +215,18 @@ def export(
     return manifest
 
 
-def _claim(target: Store, asked: dict[str, Any]) -> bool:
+def _claim(target: Store, asked: dict[str, Any], folders: Sequence[str]) -> bool:
     """Whether the target is this very export, and whole; Conflict when it was, or is being, made of something else."""
     for name in (MANIFEST, _STARTED):
         if target.exists(name):
             there = json.loads(target.read(name))
-            other = [k for k, v in asked.items() if there.get(k) != v]
+            other = [k for k in {"reader": None, **asked} if there.get(k) != asked.get(k)]
             if other:
                 raise Conflict(f"{name} is there, of an export with another {', '.join(other)}: use another folder")
             if name == MANIFEST and target.exists(_STARTED):
                 target.remove(_STARTED)
             return name == MANIFEST
-    taken = [c for c in asked["columns"] if target.files(c)]
+    taken = [folder for folder in folders if target.files(folder)]
     if taken or target.exists("plan.json"):
         raise Conflict(f"there is {', '.join(taken) or 'a dataset'} already, and no {MANIFEST}: use an empty folder")
     target.publish(_STARTED, _json(asked))

@@ -65,19 +65,26 @@ def export(
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Samples a shard; the dataset's shards if none.")
     ] = None,
+    for_ml4m: Annotated[
+        bool, typer.Option("--ml4m", help="What ml-4m trains 4M on, as its loader needs it; valid samples alone.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write columns as plain tars, `OUT/<modality>/shard-00000.tar`, for ml-4m, webdataset and other readers."""
     from dataengine import export as exporting
+    from dataengine import ml4m
 
     dataset = Dataset(root)
     dataset.plan  # noqa: B018  raises when this is no dataset
-    planned = exporting.layout(dataset, names(columns), drop_invalid, shard_size)
+    if for_ml4m:
+        planned, reader = ml4m.layout(dataset, names(columns), shard_size), ml4m.Reader()
+    else:
+        planned, reader = exporting.layout(dataset, names(columns), drop_invalid, shard_size), None
     for column, why in planned.skipped.items():
         console.print(f"{column} is left out: it {why}", markup=False)
     with Progress(console=console) as bar:
         task = bar.add_task("export", total=len(planned.columns) * len(planned.pieces))
-        made = exporting.export(dataset, out, planned, lambda path: bar.advance(task))
+        made = exporting.export(dataset, out, planned, lambda path: bar.advance(task), reader)
     invalid = ", ".join(f"{n} {m}" for m, n in made["invalid"].items())
     say(
         {k: v for k, v in made.items() if k != "tars"},

@@ -75,15 +75,40 @@ def pack(
     root: Root,
     text_tokenizer: Annotated[str, typer.Option(help="The WordPiece JSON file.")] = "tokenizers/text.json",
     pixels: Annotated[int, typer.Option(min=0, help="Side of the images packed beside the tokens; 0 for none.")] = 0,
+    columns: Annotated[str, typer.Option(help="Only these, separated by commas; all that can be if none.")] = "",
+    from_ml4m: Annotated[
+        str, typer.Option(help="Convert ml-4m's tars into ROOT: tars/[caption,tok_rgb@224]/shard-{000..099}.tar")
+    ] = "",
+    tokenizers: Annotated[str, typer.Option(help="With --from-ml4m: the folder of what made the tokens.")] = "",
+    folder: Annotated[
+        list[str] | None, typer.Option(help="With --from-ml4m: FOLDER=MODALITY, as ml-4m's modality_name_map.")
+    ] = None,
+    aligned_captions: Annotated[
+        bool, typer.Option(help="With --from-ml4m: a caption belongs to the crop of its number.")
+    ] = False,
     runner: RunnerOption = "local",
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Pack the token and text columns of each shard into one Arrow file that a trainer memory-maps."""
-    from pipelines.pack import prepare
+    """Pack tokens, texts and embeddings of each shard into one Arrow file that a trainer memory-maps."""
+    from pipelines import convert
+    from pipelines import pack as packing
 
     dataset = Dataset(root)
-    worker, tasks = prepare(dataset, text_tokenizer, pixels)
+    worker: convert.Convert | packing.Pack
+    if from_ml4m:
+        worker, tasks = convert.prepare(
+            dataset,
+            from_ml4m,
+            text_tokenizer=text_tokenizer,
+            tokenizers=tokenizers,
+            pixels=pixels,
+            names={name: modality for name, _, modality in (f.partition("=") for f in folder or [])},
+            aligned=aligned_captions,
+        )
+    else:
+        chosen = [name for name in columns.split(",") if name]
+        worker, tasks = packing.prepare(dataset, text_tokenizer, pixels, chosen)
     summary = running.execute(
         dataset,
         [single(worker, tasks, name="pack")],
@@ -93,11 +118,8 @@ def pack(
         device="cpu",
         max_bad_fraction=0.0,
     )
-    say(
-        {**summary.as_json(), "columns": [c.name for c in worker.columns]},
-        as_json,
-        f"packed {len(tasks)} shards: {', '.join(c.name for c in worker.columns)}",
-    )
+    packed = [c.name for c in worker.columns]
+    say({**summary.as_json(), "columns": packed}, as_json, f"packed {len(tasks)} shards: {', '.join(packed)}")
 
 
 @app.command(name="train-tokenizer")
