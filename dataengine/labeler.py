@@ -82,6 +82,13 @@ class Labeler(ABC):
         """The labeler as it should run when these modalities exist or are being made; most do not care."""
         return self
 
+    def of_column(self, column: str) -> Labeler:
+        """The labeler that decides what is in one of its columns: itself, unless it runs several for what they share.
+
+        Identity, provenance, weights and inputs of a cell are that one's.
+        """
+        return self
+
     @property
     def name(self) -> str:
         """The plugin name, which is the file name."""

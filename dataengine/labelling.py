@@ -50,8 +50,9 @@ class Labelling:
         self.dataset = Dataset(root)
         self.attempts = [Attempt(x, x.load(device), batches.get(x.name, x.batch_size)) for x in labelers]
         # Once: to know its weights, a labeler may hash gigabytes.
-        self.origins = {a.who: provenance.of_labeler(a.labeler) for a in self.attempts}
-        self.random = {a.who: a.labeler.random for a in self.attempts}
+        parts = {c: a.labeler.of_column(c) for a in self.attempts for c in a.labeler.emits}
+        self.origins = {c: provenance.of_labeler(part) for c, part in parts.items()}
+        self.random = {c: part.random for c, part in parts.items()}
         self.one_thread = _OneThread()
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="codec", initializer=self.one_thread)
         self.leases = Leases(self.dataset.store, lease_seconds)
@@ -326,8 +327,8 @@ class _Shard:
     ) -> tuple[CellReport, ...]:
         found = dict(random)
         for a in active:
-            made = self.group.random[a.who] or any(found[m] for m in a.labeler.inputs if m in found)
-            found |= dict.fromkeys(a.labeler.emits, made)
+            made = any(found[m] for m in a.labeler.inputs if m in found)
+            found |= {c: made or self.group.random[c] for c in a.labeler.emits}
         reports = list(
             self.group.threads.map(lambda c: self._publish(c, columns[c], specs[c], found[c]), list(columns))
         )
@@ -350,7 +351,7 @@ class _Shard:
             num_samples=len(ordered),
             keys_sha256=shards.keys_sha256(row.member.key for row in ordered),
             invalid=dict(sorted(invalid.items())),
-            provenance=self.group.origins[column.attempt.who] | {"random": random},
+            provenance=self.group.origins[name] | {"random": random},
         )
         if self.dataset.publish(record, data) is Published.DIFFERS:
             self.notes.append(f"{name}: another run committed other bytes of the same identity, which are kept")

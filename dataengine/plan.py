@@ -124,9 +124,11 @@ class _Identity:
     """What of a labeler's identity all shards share: asked for once, because weights may take minutes to hash."""
 
     def __init__(self, labeler: Labeler, cells: Collection[str]) -> None:
+        parts = {m: labeler.of_column(m) for m in labeler.emits if m in cells}
+        identities = {key: part.identity() for key, part in {id(part): part for part in parts.values()}.items()}
         self.inputs = sorted({"rgb", *labeler.inputs})
-        identity = labeler.identity()
-        self.specs = {m: provenance.specs({**identity, "emits": m}) for m in labeler.emits if m in cells}
+        self.reads = {m: sorted({"rgb", *part.inputs}) for m, part in parts.items()}
+        self.specs = {m: provenance.specs({**identities[id(part)], "emits": m}) for m, part in parts.items()}
 
 
 def _specs(made: Sequence[_Identity], committed: Mapping[str, Mapping[int, str]], shard: int) -> dict[str, str]:
@@ -138,6 +140,6 @@ def _specs(made: Sequence[_Identity], committed: Mapping[str, Mapping[int, str]]
                 if shard not in committed[m]:
                     raise Conflict(f"{m}/{shard_name(shard)} is an input and is not committed")
                 known[m] = committed[m][shard]
-        inputs = {m: known[m] for m in labeler.inputs}
-        known.update((m, spec_of(inputs)) for m, spec_of in labeler.specs.items())
+        made_of = {m: {i: known[i] for i in read} for m, read in labeler.reads.items()}
+        known.update((m, spec_of(made_of[m])) for m, spec_of in labeler.specs.items())
     return known

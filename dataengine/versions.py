@@ -76,6 +76,11 @@ class Versioned(Labeler):
         there = {*available, *(m for m, column in self.reads if column in available)}
         return replace(self, inner=self.inner.adapted(there))
 
+    def of_column(self, column: str) -> Versioned:
+        """The version of the labeler's own."""
+        inner = self.inner.of_column(dict(zip(self.emits, self.inner.emits, strict=True))[column])
+        return replace(self, inner=inner, reads=tuple(r for r in self.reads if r[0] in inner.inputs))
+
     def identity(self) -> dict[str, Any]:
         """The labeler's: the name of a column does not decide what is in it."""
         return self.inner.identity()
