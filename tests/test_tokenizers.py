@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from model import domains, tokenizers
 from model.loop import LoopConfig, fit
 from model.tokenizers import Tokenizer
+from model.tokenizers._mlp import BottleneckMLP, mlp_size
 from model.tokenizers._quantize import Codebook, Quantizer, usage
 from model.tokenizers._vit import ViTEncoder, sincos_2d, vit_size
-from model.tokenizers.vqvae import VQVAE, dead_code_threshold, reconstruction_loss
+from model.tokenizers.vqvae import VQVAE, VQVAEConfig, dead_code_threshold, reconstruction_loss
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +258,128 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_state_alone() ->
 def test_ids_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected ids \(b, h, w\) in 0..63"):
         VQVAE.tiny().decode(np.full((4, 4), 64))
+
+
+# Vectors, feature maps, masks, several codebooks, a frozen half.
+
+
+MLP = {"enc_type": "BottleneckMLP/B_2-Wi_32", "dec_type": "BottleneckMLP/B_2-Wi_32"}
+MEMCODES = {"quant_type": "memcodes", "latent_dim": 32, "codebook_size": 20, "num_codebooks": 8}
+VIT = {"enc_type": "vit_64x1x2_enc", "dec_type": "vit_64x1x2_dec", "codebook_size": 64, "latent_dim": 16}
+OTHERS = {
+    "vector": (
+        VQVAEConfig(domain=domains.Vector(channels=24), n_channels=24, **MLP, **MEMCODES),
+        np.linspace(-1, 1, 24, dtype=np.float32),
+        (8, 1, 1),
+    ),
+    "pose": (
+        VQVAEConfig(domain=domains.Poses(), n_channels=207, **MLP, **MEMCODES),
+        np.tile(np.eye(3, dtype=np.float32).ravel(), 23),
+        (8, 1, 1),
+    ),
+    "mask": (
+        VQVAEConfig(domain=domains.SamMask(), n_channels=1, image_size=64, patch_size=16, out_conv=True, **VIT),
+        np.tri(64, dtype=np.bool_),
+        (4, 4),
+    ),
+    "features": (
+        VQVAEConfig(
+            domain=domains.Features(channels=6), n_channels=6, image_size=56, patch_size=14, patch_proj=False, **VIT
+        ),
+        np.ones((4, 4, 6), np.float32),
+        (4, 4),
+    ),
+    "heads": (
+        VQVAEConfig(domain=domains.Rgb(), image_size=32, patch_size=8, num_codebooks=3, **VIT),
+        np.zeros((32, 32, 3), np.uint8),
+        (3, 4, 4),
+    ),
+    "fsq": (
+        VQVAEConfig(domain=domains.Rgb(), image_size=32, patch_size=8, quant_type="fsq", **VIT),
+        np.zeros((32, 32, 3), np.uint8),
+        (4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_value_goes_to_ids_and_back_and_is_learned(name: str) -> None:
+    config, value, grid = OTHERS[name]
+    model = VQVAE(config)
+    assert model.grid == grid
+    ids = model.encode_batch([value, value])
+    assert (ids.shape, ids.dtype) == ((2, *grid), np.int64)
+    assert ids.max() < model.vocab_size
+    back = model.decode(ids[0])
+    assert (back.dtype, back.shape) == (value.dtype, value.shape)
+    with pytest.raises(ValueError, match="b, heads, h, w" if len(grid) == 3 else "b, h, w"):
+        model.decode_batch(ids.reshape(2, -1))
+    model.train()
+    loss, figures = model.training_loss(model.domain.to_network([value, value]))
+    loss.backward()
+    assert figures["reconstruction"] > 0
+    assert all(p.grad is not None for p in model.decoder.parameters() if p.requires_grad)
+    assert model.quant_proj.weight.grad is not None
+
+
+def test_the_mlp_is_its_formula() -> None:
+    mlp = BottleneckMLP(5, 7, (1, 4, 2))
+    x = torch.randn(2, 5, 3, 2, generator=torch.Generator().manual_seed(0))
+    h = x.permute(0, 2, 3, 1) @ mlp.linear_in.weight.T + mlp.linear_in.bias
+    inner = mlp.blocks[0].block
+    normed = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    h = h + torch.nn.functional.gelu(normed @ inner[0].weight.T + inner[0].bias) @ inner[2].weight.T + inner[2].bias
+    expected = (h @ mlp.linear_out.weight.T + mlp.linear_out.bias).permute(0, 3, 1, 2)
+    assert torch.allclose(mlp(x), expected, atol=1e-5)
+
+
+def test_mlps_have_4ms_names() -> None:
+    assert mlp_size("BottleneckMLP/B_6-Wi_1024") == (6, 1024, 4)
+    assert mlp_size("BottleneckMLP/B_12-Wi_64-E_2") == (12, 64, 2)
+    for name in ("MLP/B_6-Wi_1024", "BottleneckMLP/B_6", "BottleneckMLP/B_0-Wi_8"):
+        with pytest.raises(ValueError, match="expected BottleneckMLP/B_<blocks>-Wi_<width>"):
+            mlp_size(name)
+
+
+def test_a_frozen_encoder_half_stays_as_it_is() -> None:
+    model = VQVAE(replace(VQVAE.tiny().config, freeze_enc=True)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    loss, _ = model.training_loss(x)
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert {name.split(".")[0] for name in changed} <= {"decoder", "post_quant_proj"}
+    assert model.decoder.training
+    assert not any(part.training for part in (model.encoder, model.quantize))
+
+
+def test_standardised_images_are_undone_for_tensors_and_not_for_maps() -> None:
+    plain = VQVAE.tiny()
+    undone = VQVAE(replace(plain.config, undo_std=True))
+    undone.load_state_dict(plain.state_dict())
+    (image, *_) = plain.examples()
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    standardised = (x - mean[:, None, None]) / std[:, None, None]
+    ids = plain.encode(image)
+    assert np.array_equal(undone.eval().tokenize(standardised)[0].numpy(), ids)
+    assert np.array_equal(undone.encode(image), ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"domain": domains.Depth()}, "n_channels 3, expected 1 for the depth domain"),
+        ({"patch_size_dec": 5}, "image size 224, expected a multiple of the patch size 5"),
+        ({"quant_type": "fsq", "num_codebooks": 2}, "num_codebooks 2 of quant_type 'fsq', expected 1"),
+        ({"enc_type": "resnet50"}, "'resnet50', expected vit_s_enc"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VQVAE(VQVAEConfig(**settings))
 
 
 # The file.

@@ -180,17 +180,17 @@ def _kind(values: Mapping[str, Any], encoder_only: bool) -> type[VQ]:
     """The class whose settings these are."""
     from model import tokenizers
     from model.tokenizers._vq import VQ, EncoderOnly
-    from model.tokenizers.vqvae import VQVAE
 
     if encoder_only or values.get("encoder_only") is True:
         return EncoderOnly
+    name = "vqvae"
     if "sd_path" in values or values.get("image_size_sd") is not None:
-        raise ValueError("a tokenizer with a ControlNet decoder (sd_path), expected encoder_only=True: it is not here")
-    if "beta_schedule" in values or str(values.get("dec_type", "")).startswith(("unet", "uvit")):
-        kind = tokenizers.load("divae")
-        assert issubclass(kind, VQ)
-        return kind
-    return VQVAE
+        name = "controlnet"
+    elif "beta_schedule" in values or str(values.get("dec_type", "")).startswith(("unet", "uvit")):
+        name = "divae"
+    kind = tokenizers.load(name)
+    assert issubclass(kind, VQ)
+    return kind
 
 
 def _text(value: Any) -> str:
