@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,8 +90,13 @@ def describe(checkpoint: str, licence: str) -> weights.Weights:
 
     The preprocessor's file may be absent; FileNotFoundError when another is.
     """
-    files = (*weight_files(checkpoint), CONFIG)
-    return weights.describe_folder(checkpoint, files, optional=(PREPROCESSOR,), licence=licence)
+    return weights.describe_folder(checkpoint, _files(checkpoint), optional=(PREPROCESSOR,), licence=licence)
+
+
+def _files(checkpoint: str) -> Iterator[str]:
+    """The names of the files that a checkpoint must have, looked for when asked."""
+    yield from weight_files(checkpoint)
+    yield CONFIG
 
 
 def document(checkpoint: str, name: str) -> dict[str, Any]:
