@@ -48,9 +48,9 @@ class Journal:
     def __init__(self, out: Path, config: LoopConfig, done: int, on_log: OnLog | None) -> None:
         self._on_log = on_log
         self._started = time.monotonic()
+        self._wandb = None if config.wandb is None else _wandb(config.wandb, out, config)
         self._file = (out / "log.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1 if done else None)
-        self._wandb = None if config.wandb is None else _wandb(config.wandb, out, config)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, disable=not config.progress, transient=True, console=Console(stderr=True))
         self._task = self._bar.add_task("training", total=config.steps, completed=done)

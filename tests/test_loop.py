@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from model import optim, snapshots
+from model import optim, parallel, snapshots
 from model.loop import LoopConfig, NonFiniteLoss, fit
 
 CONFIG = LoopConfig(
@@ -223,3 +227,159 @@ def test_settings_that_do_not_fit_are_refused_when_training(
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         replace(CONFIG, **wrong)
+
+
+def double_at(number: int) -> Pair:
+    parts = [batch_at(2 * number), batch_at(2 * number + 1)]
+    return Pair(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
+
+
+def still() -> Net:
+    """Without randomness, so that batches can be put together."""
+    return Net().eval()
+
+
+def quiet(model: nn.Module, batch: Pair) -> tuple[Tensor, dict[str, float]]:
+    return squared(model.eval(), batch)
+
+
+def test_two_batches_a_step_are_one_batch_of_both(tmp_path: Path) -> None:
+    fit(still(), double_at, quiet, CONFIG, tmp_path / "whole")
+    fit(still(), batch_at, quiet, replace(CONFIG, batches_per_step=2), tmp_path / "halves")
+    for ours, whole in zip(lines(tmp_path / "halves"), lines(tmp_path / "whole"), strict=True):
+        for name in ("step", "loss", "lr", "grad_norm"):
+            assert ours[name] == pytest.approx(whole[name], abs=1e-6)
+
+
+def test_evaluations_and_pictures_are_logged_and_do_not_disturb(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool, float]] = []
+
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        torch.rand(5)
+        torch.rand(5, generator=model.generator)
+        seen.append((step, model.training, float(model.net[0].weight.sum().detach())))
+        return {"eval/bias": float(model.net[4].bias.detach())}
+
+    def pictures(model: nn.Module, step: int) -> dict[str, Tensor]:
+        return {"weight": torch.full((3, 8, 9), step, dtype=torch.uint8)}
+
+    plain, watched = Net(), Net()
+    fit(plain, batch_at, squared, CONFIG, tmp_path / "plain")
+    config = replace(CONFIG, evaluate_every=7, pictures_every=10, log_every=2)
+    fit(watched, batch_at, squared, config, tmp_path / "watched", evaluate=evaluate, pictures=pictures)
+    assert [(step, training) for step, training, _ in seen] == [(7, False), (14, False), (20, False)]
+    assert seen[-1][2] == float(watched.net[0].weight.detach().sum())  # the average, which a finished run leaves
+    logged = lines(tmp_path / "watched")
+    assert [line["step"] for line in logged if "eval/bias" in line] == [7, 14, 20]
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path / "plain")}
+    assert {line["step"]: line["loss"] for line in logged}.items() <= losses.items()
+    events = EventAccumulator(str(tmp_path / "watched" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.height, e.width) for e in events.Images("weight")] == [(10, 8, 9), (20, 8, 9)]
+    assert [e.step for e in events.Scalars("eval/bias")] == [7, 14, 20]
+
+
+def test_a_picture_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"picture x: shape \(8, 8\), expected \(1 or 3, height, width\)"):
+        fit(Net(), batch_at, squared, CONFIG, tmp_path, pictures=lambda model, step: {"x": torch.zeros(8, 8)})
+
+
+def test_groups_have_their_own_rate_and_frozen_parts_no_state(tmp_path: Path) -> None:
+    model, start = Net(), Net()
+    model.net[1].weight.requires_grad_(False)
+    config = replace(CONFIG, steps=1, warmup_steps=0, ema_decay=None, lr_scales=(("net.", 1e-3), ("net.4.", 0.1)))
+    fit(model, batch_at, squared, config, tmp_path)
+    moved = {
+        name: float((value - before).detach().abs().max())
+        for (name, value), before in zip(model.named_parameters(), start.parameters(), strict=True)
+    }
+    # Adam's first step is as long as the rate.
+    assert moved["net.0.bias"] == pytest.approx(1e-5, rel=0.01)
+    assert moved["net.4.bias"] == pytest.approx(1e-3, rel=0.01)
+    assert moved["net.1.weight"] == 0
+    state, _ = snapshots.read(tmp_path / "checkpoint", 1, "cpu")
+    assert "net.1.weight.exp_avg" not in state["optimizer"]
+    assert state["optimizer"]["net.1.bias.exp_avg"].shape == (16,)
+
+
+def test_float16_leaves_out_steps_whose_gradients_overflow_and_goes_on_resumed(tmp_path: Path) -> None:
+    def steep(model: nn.Module, batch: Pair) -> tuple[Tensor, dict[str, float]]:
+        return squared(model, batch)[0] * 30, {}
+
+    config = replace(CONFIG, dtype="float16", clip_grad=None)
+    fit(Net(), batch_at, steep, config, tmp_path / "straight")
+    scales = [line["loss_scale"] for line in lines(tmp_path / "straight")]
+    assert scales[0] == 2.0**15
+    assert 1 < scales[-1] < scales[0]
+    with pytest.raises(KeyError, match="went away"):
+        fit(Net(), failing_at(14), steep, config, tmp_path / "parts")
+    fit(Net(), batch_at, steep, config, tmp_path / "parts")
+    # An overflowed gradient is infinite, or not a number, which equals nothing.
+    assert str(lines(tmp_path / "parts")) == str(lines(tmp_path / "straight"))
+
+
+def test_recomputed_blocks_change_nothing_and_are_left_as_they_were(tmp_path: Path) -> None:
+    plain, recomputed = Net(), Net()
+    fit(plain, batch_at, squared, CONFIG, tmp_path / "plain")
+    config = replace(CONFIG, recompute=True, blocks=("Dropout", "Linear"))
+    with mock.patch("model.parallel.checkpoint", wraps=parallel.checkpoint) as used:
+        fit(recomputed, batch_at, squared, config, tmp_path / "recomputed")
+    assert used.call_count == 20 * 3
+    assert lines(tmp_path / "recomputed") == lines(tmp_path / "plain")
+    assert all("forward" not in vars(module) for module in recomputed.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_step_gives_the_same_losses(tmp_path: Path) -> None:
+    fit(still(), batch_at, quiet, CONFIG, tmp_path / "plain")
+    eager = partialmethod(nn.Module.compile, backend="eager")  # torch's own compiler takes half a minute
+    with mock.patch.object(nn.Module, "compile", eager):
+        fit(still(), batch_at, quiet, replace(CONFIG, compile=True), tmp_path / "compiled")
+    for ours, plain in zip(lines(tmp_path / "compiled"), lines(tmp_path / "plain"), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_tied_tensors_are_averaged_once(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.a = nn.Linear(2, 2)
+    model.b = nn.Linear(2, 2)
+    model.b.weight = model.a.weight
+    average = optim.Average(model, 0.5)
+    average.update()
+    first = model.a.weight.detach().clone()
+    with torch.no_grad():
+        model.a.weight.add_(1.0)
+    last = model.a.weight.detach().clone()
+    average.update()
+    with average.in_model():
+        torch.testing.assert_close(model.b.weight, (first + last) / 2)
+    assert torch.equal(model.a.weight, last)
+    torch.testing.assert_close(average.tensors["b.weight"], (first + last) / 2)
+
+
+def test_wandb_gets_what_the_log_gets_and_one_run_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "wandb", None)
+        with pytest.raises(ImportError, match="wandb is not installed: pip install wandb"):
+            fit(Net(), batch_at, squared, replace(CONFIG, wandb="trial"), tmp_path)
+    fake = mock.MagicMock()
+    fake.init.return_value.id = "abc"
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(KeyError, match="went away"):
+        fit(Net(), failing_at(14), squared, replace(CONFIG, wandb="trial"), tmp_path)
+    fit(Net(), batch_at, squared, replace(CONFIG, wandb="trial"), tmp_path)
+    assert [call.kwargs["id"] for call in fake.init.call_args_list] == [None, "abc"]
+    assert {call.kwargs["project"] for call in fake.init.call_args_list} == {"trial"}
+    last = fake.init.return_value.log.call_args
+    assert (last.kwargs["step"], last.args[0]) == (20, {k: v for k, v in lines(tmp_path)[-1].items() if k != "step"})
+    assert fake.init.return_value.finish.call_args_list == [mock.call(exit_code=1), mock.call(exit_code=0)]
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    fit(Net(), batch_at, squared, replace(CONFIG, max_seconds=0.0), tmp_path)
+    settings = json.loads((tmp_path / "loop.json").read_text())
+    del settings["batches_per_step"]
+    (tmp_path / "loop.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="other settings: batches_per_step 1 -> 2"):
+        fit(Net(), batch_at, squared, replace(CONFIG, batches_per_step=2), tmp_path)
+    assert fit(Net(), batch_at, squared, CONFIG, tmp_path).finished
