@@ -10,13 +10,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from dataengine import modalities
-from dataengine.geometry import crops_of
-from dataengine.manifest import Dataset
 from dataengine.packed import Column, Packed
-from model.domains import Domain
 from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
 from model.spec import ModalitySpec
 
@@ -116,81 +111,3 @@ class TokenBatches:
             name: normalised(value) if value is not None and shard.columns[name].kind == "pixels" else value
             for name, value in row.items()
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapBatches:
-    """Called with a step, a batch of one modality's maps as network input: what a tokenizer is trained on.
-
-    Shards and the samples in them are in a new random order every epoch; a step reads only its own shard.
-    """
-
-    datasets: tuple[Dataset, ...]
-    modality: str
-    domain: Domain
-    side: int
-    batch_size: int
-    seed: int
-
-    def __call__(self, step: int) -> Tensor:
-        """The batch of a step: each sample under one of its crops."""
-        rng = np.random.default_rng([self.seed, step])
-        cells = self._cells
-        epoch, place = divmod(step, sum(n for _, _, n in cells))
-        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(cells))
-        for i in order:
-            dataset, shard, batches = cells[i]
-            if place < batches:
-                break
-            place -= batches
-        maps = self._maps(dataset, shard)
-        shuffled = np.random.default_rng([self.seed, epoch, 2, int(i)]).permutation(len(maps))
-        chosen = shuffled[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.domain.to_network([maps[j][int(rng.integers(len(maps[j])))] for j in chosen])
-
-    def first_crops(self) -> list[np.ndarray]:
-        """Every valid map under its first, central crop, in shard order."""
-        return [crops[0] for d, shard, _ in self._cells for crops in self._maps(d, shard)]
-
-    @cached_property
-    def _cells(self) -> list[tuple[int, int, int]]:
-        """(dataset, shard, number of batches) of every committed cell with at least one valid map."""
-        cells = []
-        for d, dataset in enumerate(self.datasets):
-            for shard in dataset.committed(self.modality):
-                record = dataset.commit(self.modality, shard)
-                valid = 0 if record is None else record.num_samples - len(record.invalid)
-                if valid:
-                    cells.append((d, shard, -(-valid // self.batch_size)))
-        if not cells:
-            raise ValueError(f"no valid {self.modality} in {', '.join(d.store.url for d in self.datasets)}")
-        return cells
-
-    def _maps(self, dataset: int, shard: int) -> list[list[np.ndarray]]:
-        """The valid maps of a shard under each of their crops; the shards last used stay in memory."""
-        if (dataset, shard) not in self._cache:
-            while len(self._cache) >= _CACHED_SHARDS:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[dataset, shard] = _read_maps(self.datasets[dataset], self.modality, shard, self.side)
-        return self._cache[dataset, shard]
-
-    @cached_property
-    def _cache(self) -> dict[tuple[int, int], list[list[np.ndarray]]]:
-        return {}
-
-
-_CACHED_SHARDS = 64
-
-
-def _read_maps(dataset: Dataset, modality: str, shard: int, side: int) -> list[list[np.ndarray]]:
-    codec, image, settings = modalities.load(modality), modalities.load("rgb"), modalities.load("crop_settings")
-    record = dataset.commit(modality, shard)
-    out = []
-    columns = (dataset.read(m, shard) for m in (modality, "rgb", "crop_settings"))
-    for value, rgb, rows in zip(*columns, strict=True):
-        if record is not None and value.key not in record.invalid:
-            size = image.decode(rgb.data).shape[:2]
-            decoded = codec.decode(value.data)
-            crops = crops_of(settings.decode(rows.data))
-            out.append([codec.crop(decoded, crop, size, side) for crop in crops])
-    return out

@@ -12,8 +12,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from dataengine.manifest import Dataset
 from model import domains
-from model.batches import MapBatches
 from model.generate import Step
+from pipelines.label_batches import LabelBatches, source_of
 from pipelines.sample import Samples, Tokenizers, predict
 
 
@@ -88,10 +88,16 @@ def constants(root: str, modality: str, side: int) -> np.ndarray:
 
 def all_maps(root: str, modality: str, side: int) -> list[np.ndarray]:
     """Every valid map of a dataset under its centre crop."""
-    batches = MapBatches(
-        datasets=(Dataset(root),), modality=modality, domain=domains.Rgb(), side=side, batch_size=1, seed=0
+    datasets = (Dataset(root),)
+    batches = LabelBatches(
+        datasets=datasets,
+        source=source_of(modality, datasets, None),
+        domain=domains.Rgb(),
+        sides=(side,),
+        batch_size=1,
+        seed=0,
     )
-    return batches.first_crops()
+    return [example.value for example in batches.examples()]
 
 
 def evaluate(run: Evaluate) -> tuple[list[Score], dict[str, list[Any]]]:
