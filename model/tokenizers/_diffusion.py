@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +22,39 @@ BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")  # and shifted_cosine:<shift>
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
 SAMPLERS = ("ddim", "ddpm")
 SPACINGS = ("trailing", "linspace", "leading")
+
+
+def library() -> ModuleType:
+    """diffusers; ImportError that names the extra where it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"diffusion decoders need diffusers: pip install '.[diffusion]' ({error})") from error
+    return diffusers
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Holds the convolutions of a decoder on a CPU to float32.
+
+    oneDNN's bfloat16 convolutions return wrong values on CPUs with AMX (seen with torch 2.15).
+    """
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
+
+
+def dropped(codes: Tensor, share: float, kept: tuple[int, int | None] | None) -> Tensor:
+    """Which codes (B, h, w) of (B, L, h, w) a step of training hides, drawn from torch's random state.
+
+    All of a `share` of the maps, or, of these, all but a random number `kept` from low to high, None for all. ml-4m
+    calls low and high the bounds of the hidden codes, and keeps so many.
+    """
+    num, _, h, w = codes.shape
+    maps = torch.bernoulli(torch.full((num,), share, device=codes.device)).bool()[:, None, None].expand(num, h, w)
+    if kept is None:
+        return maps
+    low, high = kept
+    count = torch.randint(low, (h * w if high is None else high) + 1, (num,), device=codes.device)
+    order = torch.rand(num, h * w, device=codes.device).argsort(dim=1)
+    return maps & (order >= count[:, None]).view(num, h, w)
 
 
 def cosine_shift(beta_schedule: str) -> float | None:
@@ -67,16 +102,12 @@ def scheduler(
 
     `thresholding` and `clip` both hold the predicted clean map to [-1, 1] at every step of sampling.
     """
-    try:
-        from diffusers import DDIMScheduler, DDPMScheduler
-    except ImportError as error:
-        raise ImportError(f"diffusion decoders need diffusers: pip install '.[diffusion]' ({error})") from error
-
+    diffusers = library()
     for name, value, known in (("sampler", sampler, SAMPLERS), ("spacing", spacing, SPACINGS)):
         if value not in known:
             raise ValueError(f"{name} {value!r}, expected one of {', '.join(known)}")
     shift = cosine_shift(beta_schedule)
-    kind = DDIMScheduler if sampler == "ddim" else DDPMScheduler
+    kind = diffusers.DDIMScheduler if sampler == "ddim" else diffusers.DDPMScheduler
     made: Scheduler = kind(
         num_train_timesteps=timesteps,
         beta_schedule="linear" if shift else beta_schedule,
@@ -138,7 +169,9 @@ def sample(
     from diffusers.utils.torch_utils import randn_tensor
 
     maps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    # PNDM draws nothing.
+    extra = {} if type(made).__name__ == "PNDMScheduler" else {"generator": generator}
     for timestep in made.timesteps:
         out = predict(maps, timestep.to(device).expand(shape[0]))
-        maps = made.step(out.float(), timestep, maps, generator=generator).prev_sample
+        maps = made.step(out.float(), timestep, maps, **extra).prev_sample
     return maps

@@ -6,7 +6,6 @@ B batch, C channels, H W pixels, L latent width, h w the token grid, T timesteps
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -117,8 +116,7 @@ class DiVAE(VQ):
     def _denoise(self, noisy: Tensor, timesteps: Tensor, codes: Tensor, masked: Tensor | None) -> Tensor:
         if noisy.shape[-2] % self.decoder.multiple or noisy.shape[-1] % self.decoder.multiple:
             raise ValueError(f"maps of {tuple(noisy.shape[-2:])} pixels, expected multiples of {self.decoder.multiple}")
-        # oneDNN's bfloat16 convolutions return wrong values on CPUs with AMX (seen with torch 2.15).
-        with torch.autocast("cpu", enabled=False) if noisy.device.type == "cpu" else nullcontext():
+        with _diffusion.exact(noisy.device):
             return self.decoder(noisy, timesteps, codes, masked)
 
     @torch.no_grad()
@@ -178,30 +176,19 @@ class DiVAE(VQ):
         Also the quantizer's loss and the ids (B, h, w). In training mode the codebook learns, and codes are dropped
         as the settings say unless `masked` (B, h, w) says which.
         """
+        config = self.config
         codes, code_loss, ids = self.quantized(x)
-        if masked is None and self.training and self.config.cls_free_guidance_dropout > 0:
-            masked = self._dropped(codes)
+        if masked is None and self.training and config.cls_free_guidance_dropout > 0:
+            kept = (config.masked_cfg_low, config.masked_cfg_high) if config.masked_cfg else None
+            masked = _diffusion.dropped(codes, config.cls_free_guidance_dropout, kept)
         return self._denoise(noisy, timesteps, codes, masked), code_loss, ids
-
-    def _dropped(self, codes: Tensor) -> Tensor:
-        """Which codes (B, h, w) to hide, drawn from torch's random state."""
-        config, (num, _, h, w) = self.config, codes.shape
-        share = torch.full((num,), config.cls_free_guidance_dropout, device=codes.device)
-        dropped = torch.bernoulli(share).bool()[:, None, None].expand(num, h, w)
-        if not config.masked_cfg:
-            return dropped
-        high = h * w if config.masked_cfg_high is None else config.masked_cfg_high
-        # ml-4m calls these bounds those of the hidden codes, and keeps so many.
-        kept = torch.randint(config.masked_cfg_low, high + 1, (num,), device=codes.device)
-        order = torch.rand(num, h * w, device=codes.device).argsort(dim=1)
-        return dropped & (order >= kept[:, None]).view(num, h, w)
 
     def training_loss(self, x: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The domain's loss of what the decoder predicts at random timesteps, plus the quantizer's.
 
         Noise, timesteps and dropped codes come from torch's random state.
         """
-        noise = torch.randn_like(x)
+        noise = torch.randn(x.shape, device=x.device)  # not in the order of the memory, as randn_like
         timesteps = torch.randint(0, self.config.num_train_timesteps, (len(x),), device=x.device)
         return self.loss_at(x, noise, timesteps)
 
