@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataengine import local, modalities, weights
+from dataengine import local, modalities, plugins, weights
 from dataengine.geometry import Crop, crops_of
 from dataengine.ingest import IngestSettings, prepare
 from dataengine.labeler import Labeler, Loaded
@@ -22,9 +23,10 @@ from dataengine.sample import Sample
 from dataengine.weights import Weights
 from model import domains, tokenizers
 from model.loop import LoopConfig
+from model.tokenizers._published import published
 from model.tokenizers.divae import DiVAEConfig
 from model.tokenizers.vqvae import VQVAEConfig
-from pipelines import train_tokenizer
+from pipelines import config, train_tokenizer
 from pipelines.label_batches import Draw, LabelBatches, Maps, source_of
 from pipelines.tokenizer_loss import AdversarialLoss, PerceptualLoss
 from pipelines.train_tokenizer import TrainTokenizer, sides, tokenizer_file, train
@@ -264,3 +266,47 @@ def test_features_are_made_of_each_crop_at_each_resolution(scenes: Path, tmp_pat
     weights.mark_random(random, seed=0)
     with pytest.raises(ValueError, match="random weights: nothing is trained"):
         train(replace(run, out=str(tmp_path / "other"), teacher=Shades(file=str(random))))
+
+
+PUBLISHED = {
+    "rgb": "rgb_16k", "depth": "depth_8k", "normal": "normal_8k", "canny_edge": "edge_8k", "sam_edge": "edge_8k",
+    "semseg": "semseg_4k", "clip_b16": "CLIP-B16_8k", "dinov2_b14": "DINOv2-B14_8k",
+    "imagebind_h14": "ImageBind-H14_8k", "dinov2_b14_global": "DINOv2-B14-global_8k_16_224",
+    "imagebind_h14_global": "ImageBind-H14-global_8k_16_224", "human_poses": "human-poses_1k_8",
+    "sam_mask": "sam-instance_1k_64", "rgb_1k": "rgb_1k",
+}  # fmt: skip
+
+
+def _published_recipes() -> list[tuple[str, str, str]]:
+    found = []
+    for name, file in PUBLISHED.items():
+        module = importlib.import_module(f"pipelines.recipes.ml4m_{name}")
+        found.append((name, "recipe", f"{file}_224" if hasattr(module, "adapted") else file))
+        if hasattr(module, "adapted"):
+            found.append((name, "adapted", f"{file}_224-{512 if file == 'edge_8k' else 448}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "stage", "file"), _published_recipes())
+def test_recipes_are_of_the_published_settings_and_build(name: str, stage: str, file: str) -> None:
+    run = getattr(importlib.import_module(f"pipelines.recipes.ml4m_{name}"), stage)()
+    assert run.model == published()[file]
+    images = run.batch_size * run.loop.batches_per_step
+    assert run.loop.betas == (0.9, 0.99)
+    assert run.loop.lr * 256 / images in (pytest.approx(1e-4), pytest.approx(5e-5))
+    assert 0 <= run.loop.warmup_steps < run.loop.steps
+    assert (run.dead_code_share == 32.0) == (run.model.quant_type == "lucid")
+    assert max(sides(run)) == run.model.image_size
+    assert len(sides(run)) == (1 if stage == "recipe" else (run.model.image_size - 224) // run.side_step + 1)
+    assert modalities.load(run.modality).name == run.modality
+    assert run.teacher is None or run.modality in run.teacher.emits
+    with torch.device("meta"):
+        network = train_tokenizer.class_of(run.model)(run.model)
+    assert network.quant_proj.weight.is_meta
+    assert sum(p.numel() for p in network.parameters()) > 5e7
+
+
+def test_there_is_a_recipe_for_each_of_the_thirteen_tokenizers() -> None:
+    names = {name.removeprefix("ml4m_") for name in plugins.names("pipelines.recipes") if name.startswith("ml4m_")}
+    assert names == {*PUBLISHED, "rgb_uvit"}
+    assert len({config.load(f"ml4m_{name}", TrainTokenizer).modality for name in names}) == 13
