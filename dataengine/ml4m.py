@@ -23,6 +23,9 @@ from dataengine.shards import Member
 COLUMNS = {"human_poses": "human_poses_tokens", "sam_instance": "sam_instance_tokens"}
 """ml-4m's modalities whose values, tokens included, are those of another column here."""
 
+FEATURES = {"CLIP-B16": "clip", "DINOv2-B14": "dinov2", "ImageBind-H14": "imagebind"}
+"""What ml-4m calls the tokens of features: `tok_clip@224`, and `tok_dinov2_global` of a vector."""
+
 TEXTS = ("caption", "det", "metadata", "color_palette", "human_poses", "sam_instance")
 OTHERS = ("rgb", "crop_settings", "t5_caption")
 
@@ -257,6 +260,9 @@ class Reader:
 
     def folder(self, column: str) -> str:
         """ml-4m's name of the modality."""
+        for own, theirs in FEATURES.items():
+            if column.startswith((f"tok_{own}@", f"tok_{own}_global")):
+                return column.replace(own, theirs, 1)
         return next((name for name, own in COLUMNS.items() if own == column), column)
 
     def form(self, column: str, num_crops: int) -> Callable[[Member], Member]:
@@ -299,7 +305,7 @@ def _instances(value: dict[str, Any]) -> bytes:
             {
                 # An outline is the first of a list, as OpenCV gives them: int32 (n, 1, 2) of x, y.
                 "points": [[np.array(i["polygon"], np.int32)[:, None]] for i in known],
-                "token_ids": np.array([i["tokens"] for i in known], np.int64).reshape(len(known), NUM_TOKENS),
+                "token_ids": np.array([i["tokens"] for i in known], np.int16).reshape(len(known), NUM_TOKENS),
                 "bbox": np.array([i["bbox"] for i in known], np.float64).reshape(len(known), 4),
             }
         )

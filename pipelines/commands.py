@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from pipelines.cli import (
     Bad,
     Json,
     Modalities,
+    Permissive,
     Recipe,
     Root,
     RunnerOption,
@@ -25,6 +26,7 @@ from pipelines.cli import (
     split_settings,
 )
 from pipelines.running import console
+from pipelines.tokens import Precision
 
 Name = Annotated[str, typer.Argument(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")]
 
@@ -36,32 +38,45 @@ def tokenize(
     modalities: Modalities = None,
     tokenizers: Annotated[str, typer.Option(help="Folder of <modality>.safetensors files.")] = "tokenizers",
     recipe: Recipe = None,
+    side: Annotated[int, typer.Option(min=0, help="Side of the crops in pixels; 0 for each tokenizer's own.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the encoders; auto: bfloat16 on a GPU, float32 on a CPU.")
+    ] = "auto",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the encoders, on a GPU.")] = False,
+    ml4m_names: Annotated[bool, typer.Option("--ml4m-names", help="tok_clip@224, not tok_CLIP-B16@224.")] = False,
+    permissive: Permissive = False,
+    pack: Annotated[bool, typer.Option("--pack", help="Pack each shard once its tokens are committed.")] = False,
+    text_tokenizer: Annotated[str, typer.Option(help="With --pack: the WordPiece JSON file.")] = "",
+    pixels: Annotated[int, typer.Option(min=0, help="With --pack: side of the images packed beside the tokens.")] = 0,
     runner: RunnerOption = "ray",
     workers: Workers = None,
     device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
     max_bad_fraction: Bad = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Tokenise maps and dense features: one tok_<modality>@<side> column for each tokenizer, every crop a row.
+    """Tokenise maps, features, poses and masks: one column for each tokenizer, every crop a row.
 
-    Features (CLIP-B16, DINOv2-B14, ...) are computed on the way and never stored.
+    Features (CLIP-B16, DINOv2-B14-global, ...) are computed on the way and never stored.
     """
-    from dataengine.plan import plan_labels
-    from pipelines.tokenize import labelers
+    from pipelines.pack_behind import tokenize_and_pack
+    from pipelines.tokenize import Choice, labelers, plan_of
 
     dataset = Dataset(root)
     names, settings = split_settings(modalities)
-    made = labelers(tokenizers, names, label.candidates(recipe, settings))
-    plan = plan_labels(dataset, [m for t in made for m in t.emits], made)
-    summary = label.execute(
-        dataset,
-        plan,
-        what="tokenize",
-        runner=runner,
-        workers=workers,
-        device=device,
-        max_bad_fraction=max_bad_fraction,
+    choice = Choice(side=side, precision=precision, compiled=compiled, ml4m_names=ml4m_names)
+    plan = plan_of(
+        dataset, labelers(tokenizers, names, label.candidates(recipe, settings), choice), permissive=permissive
     )
+    where: dict[str, Any] = {
+        "runner": runner,
+        "workers": workers,
+        "device": device,
+        "max_bad_fraction": max_bad_fraction,
+    }
+    if pack:
+        summary = tokenize_and_pack(dataset, plan, text_tokenizer or f"{tokenizers}/text.json", pixels, **where)
+    else:
+        summary = label.execute(dataset, plan, what="tokenize", **where)
     say(
         {**summary.as_json(), "already_committed": plan.num_done},
         as_json,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from dataengine.modalities import split
 from dataengine.plan import LabelPlan, plan_labels
+from dataengine.schedule import Stage
 from dataengine.versions import Versioned
 from pipelines import config, running
 from pipelines.live import Prices
@@ -159,8 +160,12 @@ def execute(
     replace: Sequence[str] = (),
     prices: Prices | None = None,
     batch_seconds: float = running.BATCH_SECONDS,
+    after: Callable[[Sequence[Stage]], Sequence[Stage]] = lambda stages: (),
 ) -> Summary:
-    """Run a label plan: packed into groups by what is known of its labelers and of the nodes there are."""
+    """Run a label plan: packed into groups by what is known of its labelers and of the nodes there are.
+
+    `after` adds stages that the same run goes through, such as one that needs those of the labelers.
+    """
     if not made.tasks:
         return Summary(what, 0)
     from pipelines import planning
@@ -182,7 +187,7 @@ def execute(
         alone = planning.kept(made.labelers, where)
         return running.execute(
             dataset,
-            stages,
+            [*stages, *after(stages)],
             what=what,
             runner=runner,
             workers=workers,

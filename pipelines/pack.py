@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -45,16 +45,24 @@ class Pack:
         return lambda task: _pack_shard(dataset, self.columns, encode, task)
 
 
-def prepare(dataset: Dataset, text_tokenizer: str, pixels: int, columns: Sequence[str] = ()) -> tuple[Pack, list[Task]]:
+def prepare(
+    dataset: Dataset,
+    text_tokenizer: str,
+    pixels: int,
+    columns: Sequence[str] = (),
+    among: Collection[int] | None = None,
+) -> tuple[Pack, list[Task]]:
     """What there is to pack: every complete, meaningful token, text and embedding column, or those named, by shard.
 
     `pixels` is the side of the images the model reads beside their tokens, 0 for none. A version (`tok_depth@224@v2`)
     is packed where it is named, under its own name: a model otherwise reads one column of a modality. Columns that come
     from random weights are left out: nothing is trained on them. ValueError when a named one cannot be packed.
+
+    `among` are the shards to be packed, for which the columns must be complete; all where it is None.
     """
-    ingested = set(dataset.committed("rgb"))
+    ingested = set(dataset.committed("rgb") if among is None else among)
     wanted = [m for m in dataset.modalities() if m in columns or (m != CELL and not modalities.split(m)[1])]
-    there = [m for m in wanted if _can_be_packed(m)]
+    there = [m for m in wanted if can_be_packed(m)]
     names = [m for m in there if set(dataset.committed(m)) >= ingested and not is_random(dataset, m)]
     for name in columns:
         if name not in names:
@@ -153,7 +161,8 @@ def check_names(columns: Sequence[Column]) -> None:
         raise ValueError(f"two columns are packed as {', '.join(sorted(twice))}: name those that are wanted")
 
 
-def _can_be_packed(column: str) -> bool:
+def can_be_packed(column: str) -> bool:
+    """Whether a column is of tokens, of text, or of embeddings of captions."""
     codec = modalities.load(column) if column != CELL else None
     return codec is not None and (isinstance(codec, TextLike | T5Caption) or codec.kind == "tokens")
 

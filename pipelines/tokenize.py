@@ -12,6 +12,8 @@ from typing import Any
 
 from dataengine import modalities, weights
 from dataengine.labeler import Labeler, Loaded
+from dataengine.manifest import Dataset
+from dataengine.plan import LabelPlan, plan_labels
 from dataengine.versions import Versioned
 from dataengine.weights import Weights
 from pipelines import _sources, licences, tokens
@@ -207,6 +209,17 @@ def grouped(labelers: Sequence[Labeler]) -> list[Labeler]:
     if len(of_image) < 2:
         return list(labelers)
     return [TokenizeGroup(members=tuple(of_image)), *(x for x in labelers if x not in of_image)]
+
+
+def plan_of(dataset: Dataset, labelers: Sequence[Labeler], *, permissive: bool = False) -> LabelPlan:
+    """The label plan of all that some tokenizers make, those of the image as one group.
+
+    With `permissive`, ValueError when a tokenizer, a feature network, or what made a column that they read may not be
+    used commercially.
+    """
+    if permissive:
+        licences.refuse_restricted(networks(labelers), dataset)
+    return plan_labels(dataset, [column for x in labelers for column in x.emits], grouped(labelers))
 
 
 def networks(labelers: Sequence[Labeler]) -> list[Labeler]:

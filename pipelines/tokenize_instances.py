@@ -150,6 +150,7 @@ def cropped(polygons: Sequence[np.ndarray], crop: Crop, side: int, smallest: flo
             points = _above(points, axis, 0.0)
             points = extent - _above(extent - points, axis, 0.0)
         points = np.rint(points * (side / crop.width, side / crop.height)).astype(np.int32)
+        points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
         if not len(points) or np.prod(np.ptp(points, axis=0)) < smallest * side**2:
             continue
         out.append(points * (-1, 1) + (side, 0) if crop.hflip else points)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dataengine import modalities
+from dataengine.ml4m import FEATURES
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """What an encoder computes in. auto: bfloat16 on a GPU, float32 on a CPU; bfloat16 on a CPU where it is asked for."""
@@ -13,9 +14,6 @@ AT_ONCE = 64
 """Crops that are in a tokenizer at once."""
 
 AT_ONCE_ON_CPU = 4
-
-ML4M = {"CLIP-B16": "clip", "DINOv2-B14": "dinov2", "ImageBind-H14": "imagebind"}
-"""What ml-4m calls the tokens of features; its other modalities have the names that they have here."""
 
 _GLOBAL = "-global"
 
@@ -29,7 +27,7 @@ def column(modality: str, side: int, *, ml4m: bool = False) -> str:
         return INSTANCES[modality]
     whole = modality.endswith(_GLOBAL)
     stem = modality.removesuffix(_GLOBAL)
-    stem = ML4M.get(stem, stem) if ml4m else stem
+    stem = FEATURES.get(stem, stem) if ml4m else stem
     return f"tok_{stem}_global" if whole else f"tok_{stem}@{side}"
 
 
@@ -46,7 +44,7 @@ def modality_of(name: str) -> tuple[str, int]:
         stem = stem.removeprefix("tok_")
         tail = _GLOBAL if stem.endswith("_global") else ""
         stem = stem.removesuffix("_global")
-        stem = next((modality for modality, theirs in ML4M.items() if theirs == stem), stem) + tail
+        stem = next((modality for modality, theirs in FEATURES.items() if theirs == stem), stem) + tail
     return stem, int(side or 0)
 
 

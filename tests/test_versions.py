@@ -213,6 +213,6 @@ def test_nothing_is_trained_on_a_version(tmp_path: Path, monkeypatch: pytest.Mon
     dataset = ingested(tmp_path, count=2)
     make(dataset, ["canny_edge", "canny_edge@v2"], offered([Threshold()], ["canny_edge@v2"], {}))
     asked: list[str] = []
-    monkeypatch.setattr(pack, "_can_be_packed", lambda column: bool(asked.append(column)))
+    monkeypatch.setattr(pack, "can_be_packed", lambda column: bool(asked.append(column)))
     pack.prepare(dataset, str(tmp_path / "text.json"), 0)
     assert asked == ["rgb", "caption", "crop_settings", "canny_edge"]
