@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -275,8 +275,8 @@ class Packed:
     ) -> dict[str, Any]:
         """The named modalities of a row under one crop (drawn unless given): None where there is no valid label.
 
-        tokens: int64 (max_tokens,); pixels: uint8 (side, side, 3); sequence: list of ids, or of pieces when chunked;
-        embeddings: float16 (rows, dim). Pixels and embeddings are views of the file.
+        tokens: int64 (max_tokens,); pixels: uint8 (side, side, 3); sequence: list of at most max_tokens ids, or of all
+        pieces when chunked; embeddings: float16 (rows, dim). Pixels and embeddings are views of the file.
         """
         # A scalar of `random` takes a tenth of the time of one of `integers`.
         chosen = int(rng.random() * self.num_crops) if crop is None else crop
@@ -347,18 +347,17 @@ def _rows(column: Column, rows: pa.FixedSizeListArray) -> Callable[[int, int, np
 
 def _pieces(column: Column, lists: pa.ListArray) -> Callable[[int, int, np.random.Generator], Any]:
     ends, flat = _offsets(lists), _view(lists.values.buffers()[1], "H")
-    codec, chunked = column.source, column.chunked
+    codec, chunked, most = column.source, column.chunked, column.max_tokens
     assemble = codec.assemble
     if not chunked and not codec.shuffle and type(codec).assemble is TextLike.assemble:
         # Nothing to draw: the pieces of a variant lie one after the other as they are read.
-        return lambda start, stop, rng: flat[ends[start] : ends[stop]].tolist()
+        return lambda start, stop, rng: flat[ends[start] : ends[stop]][:most].tolist()
 
     def read(start: int, stop: int, rng: np.random.Generator) -> list[Any]:
-        bounds = ends[start : stop + 1].tolist()
-        base = bounds[0]
-        ids = flat[base : bounds[-1]].tolist()
-        parts = assemble([ids[a - base : b - base] for a, b in pairwise(bounds)], rng)
-        return parts if chunked else [i for part in parts for i in part]
+        # Views of pieces, not lists of them: what is not read, and what is only reckoned with, costs nothing.
+        parts = assemble([flat[a:b] for a, b in pairwise(ends[start : stop + 1].tolist())], rng)
+        lists = [part.tolist() if type(part) is memoryview else list(part) for part in parts]
+        return lists if chunked else list(islice(chain.from_iterable(lists), most))
 
     return read
 

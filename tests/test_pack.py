@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import packed as benchmark
 from dataengine import local, modalities, packed, validate
 from dataengine.manifest import Dataset
 from dataengine.packed import Packed
@@ -204,3 +206,18 @@ def test_a_trainer_refuses_other_tokenizers_and_takes_the_layout_from_the_column
         with pytest.raises(ValueError, match=f"{name} of .*was made by another tokenizer.*'f"):
             merged_columns([PackedDataset((Packed(other),)), PackedDataset(packs(dataset))])
         shards = packs(dataset)
+
+
+def test_the_benchmark_measures_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_webdataset", lambda tars, count: {"read": float(len(tars))})  # leaves files open
+    found = json.loads(json.dumps(benchmark.figures(3, 20)))
+    sizes, row_us = found["bytes_a_sample"], found["row_us"]
+    for name in set(INPUTS) - {"rgb"}:
+        assert sizes[name]["packed"] > 0
+        assert sizes[name]["times_smaller"] > 1
+        assert row_us[name] > 0
+    # Ten crops of eleven modalities: 19 160 ids of two bytes, and eleven headers of a tar and of an array.
+    assert sizes["tokens"]["packed"] >= 2 * 19160
+    assert sizes["tokens"]["times_smaller"] < 2
+    assert found["tokens_otherwise"]["bits"] < found["tokens_otherwise"]["uint16"]
+    assert found["webdataset_us"] == {"read": len(INPUTS) - 2}

@@ -102,7 +102,7 @@ class TextLike(Modality):
 
         In the order that they are in, or in a random one when `shuffle`.
         """
-        return [pieces[i] for i in rng.permutation(len(pieces))] if self.shuffle else list(pieces)
+        return [pieces[i] for i in rng.permutation(len(pieces)).tolist()] if self.shuffle else list(pieces)
 
     @abstractmethod
     def parse(self, text: str) -> tuple[Any, list[str]]:
