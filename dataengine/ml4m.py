@@ -235,6 +235,11 @@ def layout(dataset: Dataset, columns: Sequence[str] = (), shard_size: int | None
     others = {c: why for c in dataset.modalities() if (why := _hindrance(c)) is not None}
     everything = export.layout(dataset, (), True, shard_size).skipped if not columns else {}
     chosen = columns or [c for c in dataset.modalities() if c not in others and c not in everything]
+    folders = [Reader().folder(c) for c in chosen]
+    if len(set(folders)) < len(folders):
+        twice = next(f for f in folders if folders.count(f) > 1)
+        both = ", ".join(c for c, f in zip(chosen, folders, strict=True) if f == twice)
+        raise ValueError(f"{both} are all {twice} in ml-4m: name the one that is wanted")
     planned = export.layout(dataset, chosen, True, shard_size)
     planned.skipped.update({c: others.get(c) or everything[c] for c in {**others, **everything} if not columns})
     return planned

@@ -126,9 +126,14 @@ def _column(modality: str, value: Any, vocabulary: Vocabulary, tokenizers: str) 
         return pack.token_column(modality, ml4m.TOKENS[modality][0], num_tokens, (), "")
     from model import tokenizers as loaded
 
-    file = Path(tokenizers, f"{modality.removeprefix('tok_').partition('@')[0]}.safetensors")
-    if not file.is_file():
-        raise ValueError(f"{modality}: no tokenizer {file}")
+    stem = modality.removeprefix("tok_").partition("@")[0]
+    bare = stem.removesuffix("_global")
+    own = next((own for own, theirs in ml4m.FEATURES.items() if theirs == bare), bare)
+    tried = list(dict.fromkeys((stem, stem.replace(bare, own).replace("_global", "-global"))))
+    files = [Path(tokenizers, f"{name}.safetensors") for name in tried]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{modality}: no tokenizer {' or '.join(map(str, files))}")
     tokenizer = loaded.read(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return pack.token_column(modality, tokenizer.vocab_size, num_tokens, tokenizer.grid, digest)

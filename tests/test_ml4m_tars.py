@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,8 @@ def test_what_ml4m_cannot_train_on_is_left_out_and_named(tmp_path: Path) -> None
     assert all([m.key for m in column] == keys for column in columns.values())
     with pytest.raises(ValueError, match="canny_edge is not among what ml-4m trains 4M on"):
         ml4m.layout(dataset, ["canny_edge"])
+    with pytest.raises(ValueError, match="tok_clip@224, tok_CLIP-B16@224 are all tok_clip@224 in ml-4m"):
+        ml4m.layout(dataset, ["tok_clip@224", "tok_CLIP-B16@224"])
     with pytest.raises(Conflict, match=r"an export with another .*reader"):
         export.export(dataset, out, plan)
     manifest = json.loads((tmp_path / "tars" / "export.json").read_text())
@@ -232,6 +235,28 @@ def rewritten(base: Path, tmp_path: Path, folder: str, change: Callable[[list[Me
         new = change(members) if name == folder else members
         (tmp_path / name / "shard-00000.tar").write_bytes(shards.build_tar(new))
     return f"{tmp_path}/[tok_depth@224,{folder}]/shard-00000.tar"
+
+
+def test_the_tokenizers_of_a_folder_say_what_the_ids_are(base: Path, tmp_path: Path) -> None:
+    from model.tokenizers.vqvae import VQVAE
+
+    vqvae = VQVAE.tiny()
+    names = ("depth", "CLIP-B16")
+    for name in names:
+        vqvae.save(tmp_path / f"{name}.safetensors")
+    source = pattern(base, "tok_depth@224", "tok_clip@224")
+    with pytest.raises(ValueError, match=r"tok_depth@224: grid \(.*\), expected 196 tokens"):
+        converted(base, tmp_path / "no", source, tokenizers=str(tmp_path))
+    small = np.zeros((NUM_CROPS, math.prod(vqvae.grid)), np.uint16)
+    for name in ("tok_depth@224", "tok_clip@224"):
+        codec = modalities.load(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "s.tar").write_bytes(shards.build_tar([Member("k", "npy", codec.encode(small))]))
+    source = f"{tmp_path}/[tok_depth@224,tok_clip@224]/s.tar"
+    (shard,) = converted(base, tmp_path / "out", source, tokenizers=str(tmp_path))
+    digest = shards.sha256((tmp_path / "depth.safetensors").read_bytes())
+    for column in shard.columns.values():
+        assert (column.tokenizer, column.vocab_size, column.grid) == (digest, vqvae.vocab_size, vqvae.grid)
 
 
 def test_misaligned_tars_are_refused_by_shard_position_and_key(base: Path, tmp_path: Path) -> None:
