@@ -152,6 +152,25 @@ def train_tokenizer(recipe: Name, settings: Settings = None, as_json: Json = Fal
     )
 
 
+@app.command(name="train-text-tokenizer")
+@exits
+def train_text_tokenizer(
+    roots: Annotated[list[str], typer.Argument(metavar="ROOT...", help="Dataset roots, to learn from all of them.")],
+    out: Annotated[Path, typer.Option(help="The WordPiece JSON file to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids at most: 4284 are fixed, the others learned pieces.")] = 30_000,
+    columns: Annotated[str, typer.Option(help="Only these, separated by commas; all that are text if none.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Learn word pieces from captions and all other labels that are read as text."""
+    from pipelines import train_text
+
+    chosen = [name for name in columns.split(",") if name]
+    made = train_text.train([Dataset(root) for root in roots], out, vocab_size, chosen)
+    for column in made.left_out:
+        console.print(f"{column} is left out: it comes from random weights", markup=False)
+    say(vars(made), as_json, made.line())
+
+
 @app.command()
 @exits
 def train(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:

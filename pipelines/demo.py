@@ -138,22 +138,10 @@ def _execute(dataset: Dataset, plan: Any, what: str, runner: Runner, workers: in
 
 
 def _train_text(datasets: Sequence[Dataset], path: Path) -> None:
-    """WordPiece on every caption of the datasets; its special ids cover boxes, palettes and metadata."""
-    if path.exists():
-        return
-    from dataengine import modalities
-    from model.tokenizers import text
+    if not path.exists():
+        from pipelines import train_text
 
-    codec = modalities.load("caption")
-    captions = (
-        caption
-        for dataset in datasets
-        for shard in dataset.committed("caption")
-        for member in dataset.read("caption", shard)
-        for caption in codec.decode(member.data)
-    )
-    made = text.train(captions, TEXT_VOCABULARY, path)
-    console.print(f"text tokenizer: {made.vocab_size} ids")
+        console.print(train_text.train(datasets, path, TEXT_VOCABULARY).line())
 
 
 def _rooted(recipe: C, out: Path) -> C:

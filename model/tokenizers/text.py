@@ -115,6 +115,17 @@ _EXAMPLES = (
 )
 
 
+def words(texts: Sequence[str]) -> list[list[str]]:
+    """The words of each text that pieces are needed for: without those that have a fixed id, and as they are spelled.
+
+    Training on a whole `v0=13 person` would spend ids on `v0`, `=`, `13` and `person`, which no encoded text has.
+    """
+    cut = _pipeline(models.WordLevel({"word": 0}, unk_token="word"))  # any word but a special token is id 0
+    cut.add_special_tokens(special_tokens())
+    encoded = zip(texts, cut.encode_batch(list(texts)), strict=True)
+    return [[text[a:b] for (a, b), id in zip(e.offsets, e.ids, strict=True) if id == 0] for text, e in encoded]
+
+
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> TextTokenizer:
     """Learn word pieces for the ids from 4284 up to at most `vocab_size` - 1, and save the tokenizer."""
     tokenizer = TextTokenizer(_trained(texts, vocab_size))
@@ -122,12 +133,17 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> TextTokenizer:
     return tokenizer
 
 
+def _pipeline(model: models.Model) -> hf.Tokenizer:
+    inner = hf.Tokenizer(model)
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return inner
+
+
 def _trained(texts: Iterable[str], vocab_size: int) -> hf.Tokenizer:
     if vocab_size <= NUM_SPECIAL:
         raise ValueError(f"vocab_size {vocab_size}, expected more than the {NUM_SPECIAL} fixed ids")
-    inner = hf.Tokenizer(models.WordPiece(unk_token=UNK))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner = _pipeline(models.WordPiece(unk_token=UNK))
     inner.decoder = decoders.WordPiece(prefix=PREFIX)
     normalized = (inner.normalizer.normalize_str(text) for text in texts)
     lines = [[word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)] for text in normalized]
