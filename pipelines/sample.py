@@ -22,6 +22,7 @@ from model.generate import Step, generate
 from model.tokenizers._vq import VQ
 from model.tokenizers.text import TextTokenizer
 from pipelines.tokenize import tokenizers_in
+from pipelines.tokens import modality_of
 from pipelines.train import packed_shards
 
 
@@ -43,7 +44,7 @@ class Tokenizers:
 
     def of(self, column: str) -> VQ:
         """The tokenizer of a token column such as `tok_depth@64`."""
-        return self.maps[column.removeprefix("tok_").split("@")[0]]
+        return self.maps[modality_of(column)[0]]
 
     def values(self, column: str, ids: Any) -> list[Any]:
         """The values of generated ids: maps for a token column, (value, complaints) for text."""

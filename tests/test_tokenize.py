@@ -421,3 +421,14 @@ def test_crops_are_those_of_ingest(tmp_path: Path, folder: Path) -> None:
         for crop, found in zip(crops_of(settings), ids, strict=True):
             own = tokenizer.encode(codec.crop(rgb, crop, rgb.shape[:2], 32)).reshape(-1)
             assert np.mean(own == found) > 0.9
+
+
+def test_the_benchmark_runs_and_its_other_way_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tokenizers
+
+    monkeypatch.setattr(tokenizers, "QUICK", tokenizers.Amount(scenes=2, crops=1, size=64, width=64, depth=1, rounds=1))
+    found = tokenizers.measure(True, None)
+    assert (found["theirs"], found["columns"], found["images"]) == ("restated", 7, 2)
+    assert found["tokens_equal_to_theirs"] == 1.0
+    assert all(way["wall"] > 0 and way["cpu"] > 0 for way in found["ratios"].values())
+    assert min(found["tokens_equal_in_bfloat16"].values()) > 0.9
