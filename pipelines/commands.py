@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dataengine.manifest import Dataset
 from dataengine.schedule import single
@@ -192,7 +193,25 @@ def generate(recipe: Name, settings: Settings = None) -> None:
     console.print(f"wrote {generation.write_page(run)}")
 
 
-@app.command()
+class _ModelUnlessNamed(TyperGroup):
+    """`evaluate RECIPE` is `evaluate model RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `model` before what is no subcommand."""
+        named = not args or args[0].startswith("-") or args[0] in self.commands
+        return super().parse_args(ctx, args if named else ["model", *args])
+
+
+judging = typer.Typer(
+    cls=_ModelUnlessNamed,
+    help="Score a trained model (evaluate RECIPE) or a tokenizer (evaluate tokenizer FILE ROOT).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(judging, name="evaluate")
+
+
+@judging.command(name="model")
 @exits
 def evaluate(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
     """Score a model's predictions from RGB alone against the truth and the best constant predictor."""
@@ -203,6 +222,41 @@ def evaluate(recipe: Name, settings: Settings = None, as_json: Json = False) -> 
     for s in scores:
         line = f"{s.modality}: {s.metric} {s.model:.4f}, constant {s.constant:.4f}, ratio {s.ratio:.3f}"
         say(vars(s) | {"ratio": s.ratio}, as_json, line)
+
+
+@judging.command(name="tokenizer")
+@exits
+def evaluate_tokenizer(
+    file: Annotated[str, typer.Argument(help="A tokenizer's file, folder or repository, ours or ml-4m's.")],
+    root: Root,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many values, from the first shard on.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Also write a page of originals beside reconstructions.")] = None,
+    modality: Annotated[str, typer.Option(help="What it is of, where neither its file nor its name says so.")] = "",
+    side: Annotated[int | None, typer.Option(min=1, help="Pixels of the crops; the tokenizer's own if none.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a diffusion decoder.")] = 25,
+    device: Annotated[str, typer.Option(help="torch device: cpu, cuda, or auto.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score what a tokenizer gives back of a dataset's labels, and how it uses its codebook."""
+    from pipelines import evaluate_tokenizer as judge
+    from pipelines import tokenizer_page
+
+    judged, domain, pairs = judge.evaluate(
+        file, root, samples=samples, modality=modality, steps=steps, side=side, device=device
+    )
+    if out is not None:
+        tokenizer_page.write(out, judged, domain, pairs)
+    lines = [
+        f"{judged.kind} of {judged.modality}, {judged.samples} values, {judged.tokens} tokens of {judged.bits:.0f} bits"
+    ]
+    lines += [f"{s.metric}: {s.value:.4f}, best constant {s.constant:.4f}" for s in judged.scores]
+    lines.append(
+        f"codes used: {judged.codes_used} of {judged.codes} ({judged.usage:.0%}), perplexity {judged.perplexity:.1f}"
+    )
+    lines += [f"note: {note}" for note in judged.notes]
+    say(judged.as_json(), as_json, "\n".join(lines))
+    if out is not None and not as_json:
+        console.print(f"wrote {out}", markup=False, highlight=False)
 
 
 @app.command()

@@ -127,6 +127,8 @@ class Masks(Source):
 
     def values(self, cells: Cells, draw: Draw, side: int) -> list[Any]:
         """Of things within one crop."""
+        if side != tokenize_instances.MASK_SIDE:
+            raise ValueError(f"masks of {side} pixels, expected {tokenize_instances.MASK_SIDE}: model.image_size")
         things = self.codec.decode(cells[self.columns[0]])
         polygons = [
             np.array(thing["points"], np.int32) if "points" in thing else tokenize_instances.outline(thing)
