@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -71,6 +71,26 @@ def resolved(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values, for the record."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return {"kind": type(config).__name__, **values}
+
+
+def keep(config: Any, folder: Path, free: Collection[str] = ()) -> None:
+    """Write a run's configuration to `recipe.json` in its folder; ValueError when another run has begun there.
+
+    Weights of one configuration must not go on, or be saved, under another. `free` names fields that may differ; the
+    settings of the training loop look after themselves (`model.settings.check`).
+    """
+    file, found = folder / "recipe.json", resolved(config)
+    if file.exists() and (folder / "checkpoint").exists():
+        before = json.loads(file.read_text())
+        fixed = sorted((before.keys() | found.keys()) - {"loop", "out", *free})
+        changed = [f"{n} {before.get(n)!r} -> {found.get(n)!r}" for n in fixed if before.get(n) != found.get(n)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run of another configuration: {'; '.join(changed)}; "
+                "expected the same, or another `out`"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def with_paths(config: C, old: str, new: str) -> C:

@@ -109,8 +109,9 @@ class Taught(Source):
         """Their features, of `side` pixels."""
         if side not in self._loaded:
             self._loaded[side] = self._at(side).load(self.device)
-        made = self._loaded[side]([Sample(str(i), {"rgb": pixels}) for i, pixels in enumerate(values)])
-        return [features[self.modality] for features in made]
+        samples, at_once = [Sample(str(i), {"rgb": pixels}) for i, pixels in enumerate(values)], self.teacher.batch_size
+        parts = (self._loaded[side](samples[i : i + at_once]) for i in range(0, len(samples), at_once))
+        return [features[self.modality] for part in parts for features in part]
 
     def _at(self, side: int) -> Labeler:
         if "side" in {f.name for f in fields(self.teacher)}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,8 @@ def train(run: TrainFourM) -> FitResult:
         seed=run.loop.seed,
     )
     out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(config.resolved(run), indent=1) + "\n")
+    if int(os.environ.get("RANK", "0")) == 0:
+        config.keep(run, out)
     kind = "token" if run.per_token else "mod"
 
     def loss(network: torch.nn.Module, batch: MaskedBatch) -> tuple[torch.Tensor, dict[str, float]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dataengine import weights
 from dataengine.labeler import Labeler
 from dataengine.manifest import Dataset
 from model import tokenizers
@@ -77,8 +77,7 @@ def train(run: TrainTokenizer) -> FitResult:
     work = Path(run.out) / run.modality
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "recipe.json").write_text(json.dumps(config.resolved(run), indent=1) + "\n")
+        config.keep(run, work, free=("heldout", "heldout_samples", "teacher_device"))
     result = fit(
         module,
         batches,
@@ -141,7 +140,11 @@ def class_of(settings: VQConfig) -> type[VQ]:
 
 
 def _start(model: VQ, source: str, *, encoder_only: bool) -> None:
-    """Take over weights; ValueError names those that do not fit, position tables aside."""
+    """Take over weights; ValueError names those that do not fit, position tables aside, and refuses random ones."""
+    if weights.stated(Path(source)).get("random"):
+        raise ValueError(
+            f"{source} is random, expected a trained tokenizer: what starts from it would not be called so"
+        )
     found = tokenizers.read(source, domain=model.config.domain, encoder_only=encoder_only).state_dict()
     own = model.state_dict()
     decoder = [name for name in own if name.startswith(("decoder.", "post_quant_proj."))] if encoder_only else []
@@ -179,4 +182,7 @@ def _source(run: TrainTokenizer, datasets: tuple[Dataset, ...]) -> Source:
         from pipelines.label import pick_device
 
         device = run.loop.device or pick_device("auto")
+        if device == "cuda":
+            # Batches are made in a thread, where torch's current device is not this process's.
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return source_of(run.modality, datasets, run.teacher, device)

@@ -90,3 +90,15 @@ def test_a_setting_names_who_makes_a_column(tmp_path: Path) -> None:
         label.plan(dataset, [], None, ["det=canny_edge"])
     with pytest.raises(ValueError, match="unknown labeler 'opencv_person'"):
         label.plan(dataset, [], None, ["det=opencv_person"])
+
+
+def test_a_run_that_has_begun_keeps_its_configuration(tmp_path: Path) -> None:
+    config.keep(Outer(), tmp_path)
+    config.keep(Outer(Inner(2)), tmp_path)  # nothing has been trained yet
+    (tmp_path / "checkpoint").mkdir()
+    config.keep(Outer(Inner(2), out="moved"), tmp_path)
+    before = (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(ValueError, match=r"inner .*'steps': 2.* -> .*'steps': 3.*expected the same, or another `out`"):
+        config.keep(Outer(Inner(3)), tmp_path)
+    assert (tmp_path / "recipe.json").read_bytes() == before
+    config.keep(Outer(Inner(3)), tmp_path, free=("inner",))
