@@ -39,7 +39,8 @@ class _Wide(nn.Module):
 class BottleneckMLP(nn.Module):
     """Pre-norm residual blocks between two linear layers, every place alone: (B, C, h, w) to as many other channels.
 
-    Its norms have torch's epsilon 1e-5, unlike those of the ViT.
+    Its norms have torch's epsilon 1e-5, unlike those of the ViT. Sums are of the norms' precision: float32 under
+    autocast, where what a layer adds is rounded and what it is added to is not.
     """
 
     def __init__(self, channels_in: int, channels_out: int, size: tuple[int, int, int]) -> None:
@@ -53,7 +54,7 @@ class BottleneckMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the class says."""
         h, w = x.shape[-2:]
-        x_BND = self.linear_in(x.flatten(2).transpose(1, 2))
+        x_BND = self.linear_in(x.flatten(2).transpose(1, 2)).to(self.layernorms[0].weight.dtype)
         for block, norm in zip(self.blocks, self.layernorms, strict=True):
             x_BND = x_BND + block(norm(x_BND))
         return self.linear_out(x_BND).transpose(1, 2).unflatten(2, (h, w))

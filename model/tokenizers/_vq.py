@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -139,12 +140,18 @@ class VQ(nn.Module, Tokenizer):
             raise ValueError("this tokenizer has no domain, so it takes tensors only; expected load(path, domain=...)")
         return self.config.domain
 
+    def latents(self, x: Tensor) -> Tensor:
+        """The domain's tensor (B, C, H, W) to what is quantized, (B, L, h, w)."""
+        if self.cls_emb is not None:
+            x = self.cls_emb(x).permute(0, 3, 1, 2)
+        # As a product: of float32 convolutions cuDNN by default rounds the operands to TF32, which gives other ids.
+        weight = self.quant_proj.weight.flatten(1)
+        return F.linear(self.encoder(x).permute(0, 2, 3, 1), weight, self.quant_proj.bias).permute(0, 3, 1, 2)
+
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The domain's tensor (B, C, H, W) to codes (B, L, h, w), the quantizer's loss, and ids int64 (B, *grid)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_enc):
-            if self.cls_emb is not None:
-                x = self.cls_emb(x).permute(0, 3, 1, 2)
-            codes, loss, ids = self.quantize(self.quant_proj(self.encoder(x)))
+            codes, loss, ids = self.quantize(self.latents(x))
         return codes, loss, ids
 
     def tokenize(self, x: Tensor) -> Tensor:
