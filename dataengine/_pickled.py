@@ -12,7 +12,8 @@ import math
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,23 @@ _PLAIN = set(
     "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
     "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINSTRING BINSTRING".split()
 )
+
+_DEEPEST = 32
+"""Levels of lists, tuples, dicts and arrays of objects within each other: what ml-4m writes has seven."""
+
+_ROOM = 1 << 20
+"""Bytes that any file may hold: what a pickle refers to more than once counts each time, and small ones do that."""
+
+_SMALL_KEY = 1 << 16
+"""Numbers below are their own hash and too few to be put into one place of a dict; of larger ones many could be."""
+
+_brief = reprlib.Repr()
+_brief.maxlevel = 2
+
+
+def brief(value: Any) -> str:
+    """The beginning of the repr of a value, at most 80 characters, without making the rest of it."""
+    return _brief.repr(value)[:80]
 
 
 class _Global(str):
@@ -46,12 +64,12 @@ class _Dtype:
         if isinstance(name, bytes):
             name = name.decode("latin-1")
         if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-            raise ValueError(f"an array of type {name!r:.40}, expected integers, floats, booleans or objects")
+            raise ValueError(f"an array of type {brief(name)}, expected integers, floats, booleans or objects")
         self.kind = np.dtype(name)
 
     def state(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "=", b"<", b">", b"|"):
-            raise ValueError(f"a type of array with the state {state!r:.60}")
+            raise ValueError(f"a type of array with the state {brief(state)}")
         if state[1] in (">", b">"):
             self.kind = self.kind.newbyteorder(">")
 
@@ -59,7 +77,8 @@ class _Dtype:
 def decode(data: bytes) -> list[Any]:
     """The items of a one-dimensional .npy of objects: lists, dicts, texts, numbers, and `Objects` for arrays.
 
-    `plain` takes the last away. ValueError when it is something else, or holds anything else.
+    `plain` takes the last away. ValueError when it is something else, holds anything else, or would swell: together,
+    counted as often as they are referred to, the values take no more than four bytes for each of the file, or 1 MiB.
     """
     stream = io.BytesIO(data)
     try:
@@ -69,11 +88,14 @@ def decode(data: bytes) -> list[Any]:
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(stream)
         if dtype != np.dtype(object) or len(shape) > 1:
-            raise ValueError(f"expected objects in one dimension, got {dtype} {shape!r:.60}")
-        value = plain(_Machine().run(data[stream.tell() :]))
+            raise ValueError(f"expected objects in one dimension, got {dtype} {brief(shape)}")
+        program = data[stream.tell() :]
+        made = _Machine().run(program)
+        _check([made], _room(program))
+        value = plain(made)
         items = value if isinstance(value, list) and shape else [value]
         if len(items) != math.prod(shape):
-            raise ValueError(f"{len(items)} objects, the header says {shape!r:.60}")
+            raise ValueError(f"{len(items)} objects, the header says {brief(shape)}")
         return items
     except Exception as error:  # numpy parses the header as Python, pickletools raises what it likes
         raise ValueError(f"no readable .npy of plain objects: {error or type(error).__name__}") from error
@@ -94,6 +116,61 @@ def encode(items: Sequence[Any]) -> bytes:
     return stream.getvalue() + pickle.dumps(values, protocol=4)
 
 
+def _room(program: bytes) -> int:
+    return max(4 * len(program), _ROOM)
+
+
+def _check(value: Any, room: int) -> None:
+    """ValueError when a value is not plain, lies too deep, holds itself, or takes more than `room` when written out.
+
+    Without recursion, for what a file nests is as deep as it likes. A value that several hold is looked into once.
+    """
+    known: dict[int, tuple[int, int] | None] = {}  # by id: bytes and levels, None while it is being looked into
+    todo = [value]
+    while todo:
+        one = todo[-1]
+        inner = _inner(one)
+        if inner is None or known.get(id(one)) is not None:
+            todo.pop()
+            continue
+        held = [(item, _inner(item) is not None) for item in inner]
+        if id(one) not in known:
+            known[id(one)] = None
+            new = [item for item, holds in held if holds and id(item) not in known]
+            if any(holds and known.get(id(item), ()) is None for item, holds in held):
+                raise ValueError("a value that holds itself")
+            todo += new
+            continue
+        below = [known[id(item)] or (0, 0) if holds else (_size(item), 0) for item, holds in held]
+        size, levels = 1 + sum(n for n, _ in below), 1 + max((n for _, n in below), default=0)
+        if levels > _DEEPEST:
+            raise ValueError(f"values within values, deeper than {_DEEPEST} levels")
+        if size > room:
+            raise ValueError(f"values that swell to more than {room} bytes, which a file of this size has no reason to")
+        known[id(one)] = size, levels
+        todo.pop()
+
+
+def _inner(value: Any) -> Collection[Any] | None:
+    """What a value holds; None for one that holds no others."""
+    if isinstance(value, Objects):
+        return value.value if isinstance(value.value, list) else None
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else None
+
+
+def _size(value: Any) -> int:
+    """Bytes of a value that holds no others; of an array at least one for each list that it would be written out as."""
+    if isinstance(value, Objects) and isinstance(value.value, np.ndarray):
+        return 1 + max(value.value.nbytes, math.prod(max(n, 1) for n in value.value.shape))
+    if type(value) in (str, bytes, bytearray):
+        return 1 + len(value)
+    if value is None or type(value) in (bool, int, float):
+        return 1
+    raise ValueError(f"a {type(value).__name__.strip('_')}, which is no plain value")
+
+
 class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -102,7 +179,7 @@ class _Machine:
         self.room = 0
 
     def run(self, data: bytes) -> Any:
-        self.room = 4 * len(data)
+        self.room = _room(data)
         argument: Any
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
@@ -166,11 +243,11 @@ class _Machine:
 
     def setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.top(dict)[key] = value
+        self.top(dict).update(_pairs([key, value]))
 
     def setitems(self) -> None:
         items = self.marked()
-        self.top(dict).update(zip(items[::2], items[1::2], strict=True))
+        self.top(dict).update(_pairs(items))
 
     def tuple_(self) -> None:
         self.stack.append(tuple(self.marked()))
@@ -180,7 +257,7 @@ class _Machine:
 
     def dict_(self) -> None:
         items = self.marked()
-        self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+        self.stack.append(dict(_pairs(items)))
 
     def tuple_of(self, count: int) -> None:
         items = self.stack[len(self.stack) - count :]
@@ -189,12 +266,14 @@ class _Machine:
 
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise ValueError(f"a name {brief(module)} {brief(name)}, expected texts")
         self.stack.append(self._known(f"{module} {name}"))
 
     def reduce(self) -> None:
         given, called = self.stack.pop(), self.stack.pop()
         if not isinstance(called, _Global) or not isinstance(given, tuple):
-            raise ValueError(f"a call of {called!r:.40}")
+            raise ValueError(f"a call of {brief(called)}")
         made: Any
         if called == "numpy dtype":
             made = _Dtype(given[0])
@@ -205,7 +284,9 @@ class _Machine:
         elif called in _FROM_BUFFER:
             made = Objects()
             made.value = _array(given[1], given[2], given[0], given[3] == "F")
-        elif called == "_codecs encode" and given[1:] == ("latin1",):
+        elif called == "_codecs encode" and len(given) == 2 and given[1] == "latin1":
+            if type(given[0]) is not str:
+                raise ValueError(f"an encoding of {brief(given[0])}, expected a text")
             self.room -= len(given[0])  # one text may be encoded over and over
             if self.room < 0:
                 raise ValueError("more bytes than a file of this size has reason to hold")
@@ -226,10 +307,18 @@ class _Machine:
             raise ValueError(f"a state for a {type(value).__name__}")
 
 
+def _pairs(items: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
+    """Keys and values; the hash of anything but a text or a small number may take a file's word for its time."""
+    for key in items[::2]:
+        if type(key) not in (str, bytes) and not (type(key) is int and abs(key) < _SMALL_KEY):
+            raise ValueError(f"a key of a dict is {brief(key)}, expected a text or a small number")
+    return zip(items[::2], items[1::2], strict=True)
+
+
 def _array(dtype: Any, shape: Any, content: Any, by_columns: bool) -> np.ndarray | list[Any]:
     if isinstance(dtype, _Dtype) and dtype.kind == np.dtype(object):
         if type(content) is not list or shape != (len(content),):
-            raise ValueError(f"objects in the shape {shape!r:.60}, expected one dimension")
+            raise ValueError(f"objects in the shape {brief(shape)}, expected one dimension")
         return content
     return _numbers(dtype, shape, content, "F" if by_columns else "C")
 
@@ -239,7 +328,7 @@ def _numbers(dtype: Any, shape: Any, content: Any, order: Any = "C") -> np.ndarr
         raise ValueError("an array without a type of number, or without bytes")
     whole = isinstance(shape, tuple) and len(shape) <= 8 and all(type(n) is int and n >= 0 for n in shape)
     if not whole or math.prod(shape) * dtype.kind.itemsize != len(content):
-        raise ValueError(f"an array {dtype.kind} {shape!r:.60} of {len(content)} bytes")
+        raise ValueError(f"an array {dtype.kind} {brief(shape)} of {len(content)} bytes")
     return np.frombuffer(content, dtype.kind).reshape(shape, order=order)
 
 

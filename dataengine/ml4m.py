@@ -173,7 +173,7 @@ def decode(modality: str, member: Member) -> Any:
     """
     try:
         return _decoded(modality, member)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{modality} of {member.key!r}: {reason}") from error
 
@@ -209,7 +209,7 @@ def _sam_instances(crops: list[Any]) -> dict[str, Any]:
     out = []
     for crop in crops:
         if not isinstance(crop, dict) or not {"points", "token_ids", "bbox"} <= set(crop):
-            raise ValueError(f"expected points, token_ids and bbox of each crop, got {crop!r:.80}")
+            raise ValueError(f"expected points, token_ids and bbox of each crop, got {_pickled.brief(crop)}")
         contours = [_pickled.plain(_pickled.plain(one)[0]) for one in _pickled.plain(crop["points"])]
         points = [np.rint(np.asarray(c, np.float64)).astype(np.int64).reshape(-1, 2).tolist() for c in contours]
         ids = np.asarray(_pickled.plain(crop["token_ids"]), np.int64).reshape(len(points), NUM_TOKENS).tolist()

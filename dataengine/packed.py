@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import reprlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,19 +62,21 @@ class Column:
 
     def __post_init__(self) -> None:
         if self.kind not in ("tokens", "pixels", "sequence", "embeddings"):
-            raise ValueError(f"{self.name}: kind {self.kind!r}, expected tokens, pixels, sequence or embeddings")
+            raise ValueError(
+                f"{self.name}: kind {reprlib.repr(self.kind)}, expected tokens, pixels, sequence or embeddings"
+            )
         if self.choice not in ("crop", "any"):
-            raise ValueError(f"{self.name}: choice {self.choice!r}, expected crop or any")
+            raise ValueError(f"{self.name}: choice {reprlib.repr(self.choice)}, expected crop or any")
         needed = {"pixels": "side", "embeddings": "dim"}.get(self.kind, "max_tokens")
         for field in ("max_tokens", "vocab_size", "side", "dim"):
             value = getattr(self, field)
             if type(value) is not int or value < (1 if field in (needed, "max_tokens") else 0):
-                raise ValueError(f"{self.name}: {field} {value!r}, expected a whole number for {self.kind}")
+                raise ValueError(f"{self.name}: {field} {reprlib.repr(value)}, expected a whole number for {self.kind}")
         if self.grid and (not all(type(n) is int for n in self.grid) or np.prod(self.grid) != self.max_tokens):
-            raise ValueError(f"{self.name}: grid {self.grid}, expected {self.max_tokens} tokens")
+            raise ValueError(f"{self.name}: grid {reprlib.repr(self.grid)}, expected {self.max_tokens} tokens")
         for field in ("tokenizer", "network"):
             if _SHA256.fullmatch(getattr(self, field)) is None:
-                raise ValueError(f"{self.name}: {field} {getattr(self, field)!r}, expected a sha256")
+                raise ValueError(f"{self.name}: {field} {reprlib.repr(getattr(self, field))}, expected a sha256")
 
     @property
     def source(self) -> TextLike:
@@ -172,11 +175,11 @@ def columns_of(batch: pa.RecordBatch) -> tuple[int, list[Column]]:
         found = about.get("format")
         if found != FORMAT:
             again = ": `dataengine pack` makes it anew" if found == 1 else ""
-            raise ValueError(f"token format {found}, expected {FORMAT}{again}")
+            raise ValueError(f"token format {reprlib.repr(found)}, expected {FORMAT}{again}")
         columns = [Column(**{**c, "grid": tuple(c["grid"])}) for c in about["columns"]]
         num_crops = about["num_crops"]
         if type(num_crops) is not int or num_crops < 1:
-            raise ValueError(f"num_crops {num_crops!r}, expected at least 1")
+            raise ValueError(f"num_crops {reprlib.repr(num_crops)}, expected at least 1")
         expected = _schema(columns, num_crops)
     except (pa.ArrowException, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"no packed shard: {type(error).__name__}: {error}") from error
