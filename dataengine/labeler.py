@@ -16,6 +16,7 @@ Loaded = Callable[[Sequence[Sample]], list[dict[str, Any]]]
 """A labeler with its weights in memory: samples in, one dict of values by emitted modality for each, same order.
 
 Images of one batch may differ in size. An exception fails the batch: the engine then retries its samples one by one.
+A value that is an `attempt.Failed` fails that column of its sample and nothing else.
 """
 
 

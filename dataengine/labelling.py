@@ -387,6 +387,8 @@ def _checked(codec: modalities.Modality, column: str, output: dict[str, Any] | F
         return output
     if column not in output:
         return Failed(f"gave no {column}")
+    if isinstance(output[column], Failed):
+        return output[column]
     try:
         codec.check(output[column], size)
     except ValueError as error:

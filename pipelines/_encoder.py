@@ -35,7 +35,10 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, values: Sequence[Any]) -> Tensor:
-        """Ids (n, tokens) of maps of one size or of vectors, on the device: it may still be computing."""
+        """Ids (n, tokens) of maps of one size or of vectors, on the device: it may still be computing.
+
+        They are -1 where a value's latents are not finite, for the nearest code would look like any other.
+        """
         if self.device.type == "cuda":
             return self._ids(values)
         # What a few maps take stays in a processor's caches.
@@ -43,7 +46,18 @@ class Encoder:
         return torch.cat([self._ids(values[at : at + AT_ONCE_ON_CPU]) for at in parts])
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
-        return self.tokenizer.quantized(self._upload(values))[2].flatten(1)
+        latents = self.tokenizer.latents(self._upload(values))
+        finite = latents.isfinite().flatten(1).all(dim=1)
+        ids = self.tokenizer.quantize(torch.where(finite[:, None, None, None], latents, 0))[2]
+        return torch.where(finite[:, None], ids.flatten(1), -1)
+
+
+def not_finite(who: str) -> str:
+    """What is wrong where ids are -1."""
+    return (
+        f"{who}: the tokenizer gave latents that are not finite, expected finite ones: a precision of more range "
+        "(bfloat16 or float32) may help"
+    )
 
 
 def dtype_on(device: str, precision: Precision) -> torch.dtype:
@@ -135,6 +149,6 @@ def calls(counts: Sequence[int], at_once: int) -> list[slice]:
     crops meet, whoever else tokenises beside. A network rounds by whom it is given together.
     """
     ends = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    images = 1 << int(math.log2(max(1, at_once // max(counts, default=1))))
+    images = 1 << int(math.log2(max(1, at_once // max([1, *counts]))))
     wholes = [(ends[i], ends[min(i + images, len(counts))]) for i in range(0, len(counts), images)]
     return [slice(at, min(at + at_once, stop)) for start, stop in wholes for at in range(start, stop, at_once)]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from dataengine import modalities
+from dataengine.attempt import Failed, device_broken, out_of_memory
 from dataengine.geometry import Crop, crops_of, cut
 from dataengine.labeler import Labeler, Staged
 from dataengine.sample import Sample
+from dataengine.storage import redacted
 from pipelines.tokens import Precision
 
 WHOLE = ("grid", "vector")
@@ -43,13 +45,17 @@ class _Source:
     prepare: Callable[[Sample, Sequence[Crop], Cut], list[Any]]
     """A sample, its crops and what cuts its image by them, to what is labelled of each crop."""
     label: Callable[[Sequence[Any]], dict[str, list[Any]]]
+    """What was prepared to values by modality, some of which may be Failed."""
     at_once: int
     columns: dict[str, tuple[str, Callable[[Sequence[Any]], Any]]] = field(default_factory=dict)
     """The modality and the encoder of each column."""
 
 
 def load(columns: Sequence[Wanted], device: str) -> Staged:
-    """Tokenizers that read the same columns, loaded; what two have in common is loaded and run once."""
+    """Tokenizers that read the same columns, loaded; what two have in common is loaded and run once.
+
+    What fails fails for the columns that are made of it: of the others every byte is as if these had not been there.
+    """
     from pipelines import _encoder
 
     sources: list[tuple[Any, _Source]] = []
@@ -62,27 +68,74 @@ def load(columns: Sequence[Wanted], device: str) -> Staged:
         encoder = _encoder.Encoder(wanted.file, device, wanted.precision, compiled=wanted.compiled)
         source.columns[wanted.column] = (wanted.modality, encoder)
 
-    def prepare(sample: Sample) -> list[list[Any]]:
+    def prepare(sample: Sample) -> list[list[Any] | Failed]:
         crops = crops_of(sample.values["crop_settings"])
         cuts = functools.cache(lambda: [cut(sample.rgb, crop) for crop in crops])
-        return [source.prepare(sample, crops, cuts) for _, source in sources]
+        return [_attempted(source.prepare, sample, crops, cuts) for _, source in sources]
 
-    def label(images: Sequence[list[list[Any]]]) -> list[dict[str, Any]]:
-        made: dict[str, list[np.ndarray]] = {}
+    def label(images: Sequence[list[list[Any] | Failed]]) -> list[dict[str, Any]]:
+        made: dict[str, list[Any]] = {}
         for i, (_, source) in enumerate(sources):
-            counts = [len(image[i]) for image in images]
-            crops = [crop for image in images for crop in image[i]]
-            ids: dict[str, list[Any]] = {column: [] for column in source.columns}
-            for part in _encoder.calls(counts, source.at_once):
-                values = source.label(crops[part])
-                for column, (modality, encoder) in source.columns.items():
-                    ids[column].append(encoder(values[modality]))
-            for column, parts in ids.items():
-                rows = np.concatenate([part.cpu().numpy().astype(np.uint16) for part in parts])
-                made[column] = np.split(rows, np.cumsum(counts)[:-1])
+            made |= _tokenised(source, [image[i] for image in images])
         return [dict(zip(made, rows, strict=True)) for rows in zip(*made.values(), strict=True)]
 
     return Staged(prepare, label)
+
+
+def _tokenised(source: _Source, images: Sequence[list[Any] | Failed]) -> dict[str, list[np.ndarray | Failed]]:
+    """Ids uint16 (crops, tokens) of each image, or why it has none, by column."""
+    from pipelines import _encoder
+
+    counts = [0 if isinstance(image, Failed) else len(image) for image in images]
+    crops = [crop for image in images if not isinstance(image, Failed) for crop in image]
+    rows: dict[str, list[Any]] = {column: [] for column in source.columns}
+    for part in _encoder.calls(counts, source.at_once):
+        values = source.label(crops[part])
+        for column, (modality, encoder) in source.columns.items():
+            rows[column] += _each(encoder, values[modality])
+    return {column: _by_image(column, images, counts, found) for column, found in rows.items()}
+
+
+def _by_image(
+    column: str, images: Sequence[list[Any] | Failed], counts: Sequence[int], rows: Sequence[Any]
+) -> list[np.ndarray | Failed]:
+    """Rows of ids on a device, or failures, of all crops, as what each image has."""
+    import torch
+
+    from pipelines import _encoder
+
+    good = [row for row in rows if not isinstance(row, Failed)]
+    # All in one copy: each would wait for the device.
+    numbers = iter(torch.stack(good).cpu().numpy() if good else ())
+    there = iter([row if isinstance(row, Failed) else next(numbers) for row in rows])
+    out: list[np.ndarray | Failed] = []
+    for image, count in zip(images, counts, strict=True):
+        own: list[Any] = [next(there) for _ in range(count)]
+        failed = [row for row in (image, *own) if isinstance(row, Failed)]
+        if not failed and any((row < 0).any() for row in own):
+            failed = [Failed(f"FloatingPointError: {_encoder.not_finite(column)}")]
+        out.append(failed[0] if failed else np.stack(own).astype(np.uint16))
+    return out
+
+
+def _attempted(make: Callable[..., Any], *given: Any) -> Any:
+    """What it makes, or why it cannot; but what the engine must know of, memory that ran out above all, is raised."""
+    try:
+        return make(*given)
+    except Exception as error:
+        if out_of_memory(error) or device_broken(error):
+            raise
+        return Failed(redacted(f"{type(error).__name__}: {error}")[:300])
+
+
+def _each(run: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> list[Any]:
+    """What is made of values together, in order, or of each alone where that fails; failures stay what they are."""
+    good = [value for value in values if not isinstance(value, Failed)]
+    made = _attempted(lambda: list(run(good))) if good else []
+    if isinstance(made, Failed):
+        made = [_attempted(lambda one: run([one])[0], value) for value in good]
+    rows = iter(made)
+    return [value if isinstance(value, Failed) else next(rows) for value in values]
 
 
 def _map(wanted: Wanted) -> _Source:
@@ -106,13 +159,16 @@ def _features(features: Labeler, at_once: int, device: str) -> _Source:
     def prepare(sample: Sample, crops: Sequence[Crop], cuts: Cut) -> list[Any]:
         return [ready(Sample(sample.key, {"rgb": pixels})) for pixels in cuts()]
 
+    def value(output: dict[str, Any] | Failed, name: str) -> Any:
+        if isinstance(output, Failed):
+            return output
+        found = output.get(name, Failed(f"{features.name} gave no {name}"))
+        failed = None if isinstance(found, Failed) else _attempted(codecs[name].check, found, (1, 1))
+        return found if failed is None else failed
+
     def made(values: Sequence[Any]) -> dict[str, list[Any]]:
-        outputs = label(values)
-        for output in outputs:
-            for name, codec in codecs.items():
-                if name in output:
-                    codec.check(output[name], (1, 1))
-        return {name: [output[name] for output in outputs] for name in codecs if name in outputs[0]}
+        outputs = _each(label, values)
+        return {name: [value(output, name) for output in outputs] for name in codecs}
 
     return _Source(prepare, made, at_once)
 

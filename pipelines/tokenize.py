@@ -214,9 +214,12 @@ def grouped(labelers: Sequence[Labeler]) -> list[Labeler]:
 def plan_of(dataset: Dataset, labelers: Sequence[Labeler], *, permissive: bool = False) -> LabelPlan:
     """The label plan of all that some tokenizers make, those of the image as one group.
 
-    With `permissive`, ValueError when a tokenizer, a feature network, or what made a column that they read may not be
-    used commercially.
+    ValueError when a column cannot hold what its tokenizer makes; and, with `permissive`, when a tokenizer, a feature
+    network, or what made a column that they read may not be used commercially.
     """
+    for member in networks(labelers):
+        if isinstance(member, Tokenize | TokenizeFeatures):
+            shape(member.checkpoint, weights.describe(member.checkpoint, licence="").sha256, member.side)
     if permissive:
         licences.refuse_restricted(networks(labelers), dataset)
     return plan_labels(dataset, [column for x in labelers for column in x.emits], grouped(labelers))
@@ -249,10 +252,18 @@ def _wanted(member: Tokenize | TokenizeFeatures) -> _sources.Wanted:
 
 @functools.lru_cache(maxsize=64)
 def shape(checkpoint: str, sha256: str, side: int = 0) -> dict[str, Any]:
-    """`vocab_size`, `num_tokens` and `grid` of what a tokenizer makes of maps of a side, or of vectors."""
+    """`vocab_size`, `num_tokens` and `grid` of what a tokenizer makes of maps of a side, or of vectors.
+
+    ValueError where a token column cannot hold what it makes.
+    """
     from model import tokenizers
 
     tokenizer = tokenizers.read(weights.resolve(checkpoint), encoder_only=True)
+    if tokenizer.vocab_size > tokens.LARGEST_VOCABULARY:
+        raise ValueError(
+            f"{checkpoint}: a vocabulary of {tokenizer.vocab_size} ids, expected at most {tokens.LARGEST_VOCABULARY}: "
+            "tokens are int16 on disk"
+        )
     *heads, rows, columns = tokenizer.grid
     if (rows, columns) == (1, 1):
         grid = tuple(heads) or (1,)

@@ -47,7 +47,10 @@ class _Tokenizer(Labeler):
 
         def encode(values: Sequence[np.ndarray]) -> np.ndarray:
             parts = [encoder(values[at : at + AT_ONCE]) for at in range(0, len(values), AT_ONCE)]
-            return np.concatenate([part.cpu().numpy() for part in parts])
+            ids = np.concatenate([part.cpu().numpy() for part in parts])
+            if (ids < 0).any():
+                raise FloatingPointError(_encoder.not_finite(self.emits[0]))
+            return ids
 
         return encode
 

@@ -15,6 +15,9 @@ AT_ONCE = 64
 
 AT_ONCE_ON_CPU = 4
 
+LARGEST_VOCABULARY = 2**15
+"""Ids that a token column can tell apart: as ml-4m's they are int16."""
+
 _GLOBAL = "-global"
 
 INSTANCES = {"human_poses": "human_poses_tokens", "sam_mask": "sam_instance_tokens"}

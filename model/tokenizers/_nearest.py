@@ -1,6 +1,6 @@
 """The best of many codes for each of many vectors, without ever holding all products at once.
 
-N vectors, V codes, L latent width.
+N vectors, V codes, L latent width. Vectors must be finite: of what is no number every code is as near, so the first is.
 """
 
 from __future__ import annotations
