@@ -23,11 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dataengine._disk import Disk
 from dataengine._objects import Entry, Filesystem
-from dataengine._patience import StoreError
+from dataengine._objects import _tag as tag_of
+from dataengine._patience import StoreError, patiently
 from dataengine._redact import check_credentials, check_root, redacted
 from dataengine._s3 import Bucket
 
-__all__ = ["Entry", "Store", "StoreError", "cached", "expand", "open_url", "redacted", "split_url"]
+__all__ = ["Entry", "Store", "StoreError", "cached", "expand", "open_url", "redacted", "split_url", "tag"]
 
 _S3 = ("s3", "s3a")
 
@@ -215,6 +216,13 @@ def split_url(url: str) -> tuple[Any, str]:
     check_credentials(url)
     fs, path = url_to_fs(url)
     return fs, path
+
+
+def tag(url: str) -> str:
+    """What changes when a file does, without reading it: its size, with its ETag or the time it was written."""
+    fs, path = split_url(url)
+    fs.invalidate_cache()
+    return tag_of(patiently("looking for", redacted(url), lambda: fs.info(path)))
 
 
 def open_url(url: str) -> IO[bytes]:

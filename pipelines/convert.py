@@ -90,15 +90,10 @@ def prepare(
     )
     tasks = []
     for number, shard in enumerate(tars):
-        inputs = [[folder, storage.redacted(url), _size(url)] for folder, url in shard.urls]
+        inputs = [[folder, storage.redacted(url), storage.tag(url)] for folder, url in shard.urls]
         task = pack.task_of(out, number, columns, json.dumps([inputs, worker.names, worker.num_crops]))
         tasks += [task] if task else []
     return worker, tasks
-
-
-def _size(url: str) -> int:
-    fs, path = storage.split_url(url)
-    return int(fs.size(path))
 
 
 def _num_crops(found: Mapping[str, Any]) -> int:
