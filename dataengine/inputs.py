@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from dataengine import modalities, pulse
 from dataengine.attempt import Failed
@@ -22,6 +22,9 @@ AHEAD_BYTES = 256 << 20
 
 AHEAD_ROWS = 256
 """Rows that may: small images must not make thousands of futures."""
+
+FIRST_ROWS = 8
+"""Rows that may before it is known how large one is that something is prepared of: crops may be ten times the image."""
 
 SWELL = 30
 """What an encoded image grows by when it is decoded, at most usual: a guess until the first is."""
@@ -68,6 +71,29 @@ class Inputs:
         return values
 
 
+def size_of(value: Any) -> int:
+    """Bytes of a value with all that it holds: arrays and tensors, in lists, tuples, dicts and objects, each once."""
+    seen: set[int] = set()
+    todo, total = [value], 0
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        size = getattr(one, "nbytes", None)
+        if isinstance(size, int):
+            total += size
+            continue
+        total += sys.getsizeof(one)
+        if isinstance(one, dict):
+            todo += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            todo += one
+        elif dataclasses.is_dataclass(one) and not isinstance(one, type):
+            todo += [getattr(one, field.name, None) for field in dataclasses.fields(one)]
+    return total
+
+
 class Ahead:
     """Decodes rows, and prepares them for labelers, in threads ahead of who asks; with deaths given, only when asked.
 
@@ -102,7 +128,7 @@ class Ahead:
             self._futures[row] = self._threads.submit(self._decode, row)
         found = self._futures.pop(row).result()
         if isinstance(found, dict):
-            self._bytes = max(self._bytes, sum(v.nbytes for v in found.values() if isinstance(v, np.ndarray)))
+            self._bytes = max(self._bytes, size_of(found))
         self._fill()
         return found
 
@@ -127,7 +153,8 @@ class Ahead:
     def _fill(self) -> None:
         if self._deaths is not None:
             return
-        while self._waiting and len(self._futures) < AHEAD_ROWS:
+        most = FIRST_ROWS if self._prepares and not self._bytes else AHEAD_ROWS
+        while self._waiting and len(self._futures) < most:
             if self._futures and (len(self._futures) + len(self._values)) * (self._bytes or self._guess) > AHEAD_BYTES:
                 return
             row = self._waiting.pop()
