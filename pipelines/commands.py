@@ -64,7 +64,7 @@ def tokenize(
 
     dataset = Dataset(root)
     names, settings = split_settings(modalities)
-    choice = Choice(side=side, precision=precision, compiled=compiled, ml4m_names=ml4m_names)
+    choice = Choice(side=side, precision=precision, device=device, compiled=compiled, ml4m_names=ml4m_names)
     plan = plan_of(
         dataset, labelers(tokenizers, names, label.candidates(recipe, settings), choice), permissive=permissive
     )
@@ -234,15 +234,21 @@ def evaluate_tokenizer(
     modality: Annotated[str, typer.Option(help="What it is of, where neither its file nor its name says so.")] = "",
     side: Annotated[int | None, typer.Option(min=1, help="Pixels of the crops; the tokenizer's own if none.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a diffusion decoder.")] = 25,
+    recipe: Annotated[str, typer.Option(help="The recipe it was trained by: its modality, and its teacher.")] = "",
     device: Annotated[str, typer.Option(help="torch device: cpu, cuda, or auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Score what a tokenizer gives back of a dataset's labels, and how it uses its codebook."""
     from pipelines import evaluate_tokenizer as judge
     from pipelines import tokenizer_page
+    from pipelines.train_tokenizer import TrainTokenizer
 
+    makers = None
+    if recipe:
+        run = config.load(recipe, TrainTokenizer)
+        modality, makers = modality or run.modality, None if run.teacher is None else [run.teacher]
     judged, domain, pairs = judge.evaluate(
-        file, root, samples=samples, modality=modality, steps=steps, side=side, device=device
+        file, root, samples=samples, modality=modality, steps=steps, side=side, device=device, makers=makers
     )
     if out is not None:
         tokenizer_page.write(out, judged, domain, pairs)

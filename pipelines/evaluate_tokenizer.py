@@ -19,7 +19,7 @@ from model.tokenizers._vq import VQ
 from pipelines import label, reconstruction
 from pipelines.label_batches import Example, LabelBatches, source_of
 from pipelines.pack import is_random
-from pipelines.tokenizer_health import decoded, encoded
+from pipelines.tokenizer_health import codebooks, decoded, encoded
 
 _BY_DOMAIN = {
     "rgb": "rgb", "depth": "depth", "normal": "normal", "semseg": "semseg", "edges": "canny_edge",
@@ -92,8 +92,9 @@ def evaluate(
 ) -> tuple[Judgement, Domain, list[Pair]]:
     """Encode and decode the first values of a dataset, whose crops are the central ones, in float32.
 
-    `steps` is for diffusion decoders. Features are made by the first of `makers`. ValueError for a tokenizer whose file
-    does not say what it is of, when `modality` does not either, and for labels that come from random weights.
+    `steps` is for diffusion decoders. Features are made by the first of `makers` (by default all labelers) that makes
+    them. ValueError for a tokenizer whose file does not say what it is of, when `modality` does not either, and for
+    labels that come from random weights.
     """
     path = weights.resolve(file) if not Path(file).is_dir() else Path(file)
     model = tokenizers.read(path, domain=_told(modality))
@@ -133,7 +134,7 @@ def _judge(
     own = reconstruction.figures(domain, made, true)
     best = reconstruction.constant(domain, true)
     alone = reconstruction.figures(domain, [best] * len(true), true)
-    seen = reconstruction.usage(ids, model.vocab_size, model.config.num_codebooks)
+    seen = reconstruction.usage(ids, model.vocab_size, codebooks(model))
     about = weights.describe(str(path), licence="") if path.is_file() else None
     num_tokens = math.prod(ids.shape[1:])
     return Judgement(
@@ -207,7 +208,8 @@ def _modality(model: VQ, file: Path) -> str:
 
 def _teacher(modality: str, dataset: Dataset, makers: Sequence[Labeler] | None) -> Labeler | None:
     """Who makes the features of the crops; None for labels, and for features that lie there."""
-    if modalities.load(modality).kind not in ("grid", "vector") or dataset.committed(modality):
+    known = modality in modalities.names()  # a teacher may make what is no modality
+    if known and (modalities.load(modality).kind not in ("grid", "vector") or dataset.committed(modality)):
         return None
     found = label.default_labelers() if makers is None else makers
     maker = next((one for one in found if modality in one.emits), None)

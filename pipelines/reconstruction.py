@@ -16,6 +16,7 @@ from dataengine import modalities
 from dataengine.modalities import Picture, human_poses
 from model import domains, perceptual
 from model.domains import Domain
+from model.tokenizers import _quantize
 from pipelines.evaluate import abs_rel, mean_angle, mean_iou
 
 Values = Sequence[NDArray[Any]]
@@ -40,10 +41,9 @@ class Usage(NamedTuple):
 def usage(ids: NDArray[np.int64], vocab_size: int, heads: int = 1) -> Usage:
     """Usage of ids (B, ...), or (B, heads, ...) where each of several heads has a codebook of its own."""
     parts = ids.reshape(len(ids), heads, -1).transpose(1, 0, 2)
-    counts = np.stack([np.bincount(part.ravel(), minlength=vocab_size) for part in parts])
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum(axis=1)
-    return Usage(int((counts > 0).sum()), counts.size, float(np.exp(entropy).mean()))
+    each = [_quantize.usage([torch.from_numpy(np.ascontiguousarray(part))], vocab_size) for part in parts]
+    used, perplexity = sum(one.codes for one in each), float(np.mean([one.perplexity for one in each]))
+    return Usage(used, heads * vocab_size, perplexity)
 
 
 def figures(domain: Domain, made: Values, true: Values) -> Figures:
@@ -203,7 +203,9 @@ def picture(modality: str, domain: Domain, value: NDArray[Any], rgb: NDArray[np.
     if isinstance(domain, domains.Depth):
         value = _unit(value) if domain.mapping == "standardised" else np.clip(value, 0, 1).astype(np.float32)
     if isinstance(domain, (domains.Features, domains.Vector)):
+        # All features are shown alike, those that are no modality, too.
         value = value.astype(np.float16)
+        modality = "DINOv2-B14-global" if isinstance(domain, domains.Vector) else "DINOv2-B14"
     shown: Picture = modalities.load(modality).picture(value, rgb)
     assert shown.image is not None
     return shown.image

@@ -37,7 +37,7 @@ class Health:
         model = tokenizer_in(module)
         values = [example.value for example in self.examples]
         ids = encoded(model, values)
-        seen = reconstruction.usage(ids, model.vocab_size, model.config.num_codebooks)
+        seen = reconstruction.usage(ids, model.vocab_size, codebooks(model))
         num = min(len(ids), SAMPLED) if isinstance(model, DiVAE) else len(ids)
         made = decoded(model, ids[:num])
         true = reconstruction.comparable(model.domain, values[:num])
@@ -63,6 +63,11 @@ class Health:
             ]
             rows.append(np.concatenate(tiles, axis=1))
         return {f"heldout/{self.modality}": torch.from_numpy(np.concatenate(rows)).permute(2, 0, 1)}
+
+
+def codebooks(model: VQ) -> int:
+    """How many codebooks a tokenizer has: the heads of memcodes have one each, those of others share one."""
+    return model.config.num_codebooks if model.config.quant_type == "memcodes" else 1
 
 
 @torch.no_grad()

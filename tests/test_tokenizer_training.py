@@ -19,6 +19,7 @@ from dataengine.geometry import Crop, crops_of
 from dataengine.ingest import IngestSettings, prepare
 from dataengine.labeler import Labeler, Loaded
 from dataengine.manifest import Dataset
+from dataengine.modalities import human_poses
 from dataengine.sample import Sample
 from dataengine.weights import Weights
 from model import domains, tokenizers
@@ -28,6 +29,7 @@ from model.tokenizers.divae import DiVAEConfig
 from model.tokenizers.vqvae import VQVAEConfig
 from pipelines import config, train_tokenizer
 from pipelines.label_batches import Draw, LabelBatches, Maps, source_of
+from pipelines.recipes._hog import Hog
 from pipelines.tokenizer_loss import AdversarialLoss, PerceptualLoss
 from pipelines.train_tokenizer import TrainTokenizer, sides, tokenizer_file, train
 
@@ -310,3 +312,64 @@ def test_there_is_a_recipe_for_each_of_the_thirteen_tokenizers() -> None:
     names = {name.removeprefix("ml4m_") for name in plugins.names("pipelines.recipes") if name.startswith("ml4m_")}
     assert names == {*PUBLISHED, "rgb_uvit"}
     assert len({config.load(f"ml4m_{name}", TrainTokenizer).modality for name in names}) == 13
+
+
+def test_poses_of_persons_are_drawn_one_by_one_and_mirrored_by_a_coin(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "figures")
+    worker, tasks = prepare(dataset, "figures:9?size=32", IngestSettings(shard_size=5))
+    local.run(worker, tasks, workers=1, device="cpu", on_report=lambda r: None)
+    settings = VQVAEConfig(
+        domain=domains.Poses(), n_channels=207, enc_type="BottleneckMLP/B_1-Wi_32", dec_type="BottleneckMLP/B_1-Wi_32",
+        quant_type="memcodes", codebook_size=16, num_codebooks=4, latent_dim=32, image_size=SIDE, patch_size=8,
+    )  # fmt: skip
+    root = str(dataset.store.url)
+    run = TrainTokenizer(
+        roots=(root,),
+        heldout=(root,),
+        modality="human_poses",
+        model=settings,
+        loop=LOOP,
+        batch_size=6,
+        out=str(tmp_path),
+    )
+    assert train(run).finished
+    assert {"heldout/mean joint error, m", "heldout/perplexity"} <= lines(run)[-1].keys()
+    made = LabelBatches(
+        datasets=(dataset,), source=source_of("human_poses", (dataset,), None), domain=domains.Poses(), sides=(SIDE,),
+        batch_size=6, seed=0,
+    )  # fmt: skip
+    stored = np.stack([e.value for e in made.examples()]).reshape(-1, 23, 3, 3)
+    both = {False: stored, True: human_poses.mirrored(stored)}
+    seen = {False: 0, True: 0}
+    for pose in np.concatenate([made(n)[:, :, 0, 0].numpy() for n in range(4)]).reshape(-1, 23, 3, 3):
+        distance = {flip: np.abs(known - pose).max(axis=(1, 2, 3)).min() for flip, known in both.items()}
+        assert min(distance.values()) < 1e-6
+        seen[distance[True] < distance[False]] += 1
+    assert min(seen.values()) > 3
+
+
+def test_the_small_recipes_are_consistent() -> None:
+    names = [n for n in plugins.names("pipelines.recipes") if n.startswith(("scenes_", "figures_"))]
+    assert len(names) == 10
+    for name in names:
+        run = config.load(name, TrainTokenizer)
+        network = train_tokenizer.class_of(run.model)(run.model)
+        assert sum(p.numel() for p in network.parameters()) < 4e6
+        assert run.heldout
+        assert not set(run.heldout) & set(run.roots)
+        resolved = config.resolved(run)
+        assert resolved["modality"] == run.modality
+
+
+def test_gradients_histograms_lie_where_the_edges_are() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 36:] = 255  # one upright edge, between the fourth and the fifth column of cells
+    (made,) = Hog().load("cpu")([Sample("a", {"rgb": image})])
+    grid = made["HOG"].astype(np.float32)
+    assert grid.shape == (8, 8, 36)
+    strength = grid.sum(axis=2)
+    assert strength[:, 3:6].min() > 0
+    assert strength[:, [0, 1, 7]].max() < 1e-3
+    assert made["HOG-global"].shape == (144,)
+    (turned,) = Hog().load("cpu")([Sample("a", {"rgb": image.swapaxes(0, 1)})])
+    np.testing.assert_array_equal(turned["HOG"].astype(np.float32).sum(axis=2) > 1e-3, strength.T > 1e-3)

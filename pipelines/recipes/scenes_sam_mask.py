@@ -1,0 +1,12 @@
+"""Masks of the things in scenes: `dataengine train-tokenizer scenes_sam_mask`, TIME."""
+
+from __future__ import annotations
+
+from model import domains
+from pipelines.recipes._scenes import tokenizer
+from pipelines.train_tokenizer import TrainTokenizer
+
+
+def recipe() -> TrainTokenizer:
+    """Sixteen tokens of a mask in its box, 64 x 64 pixels."""
+    return tokenizer("sam_mask", domains.SamMask(), channels=1, codes=256, latent=32, patch=16)
