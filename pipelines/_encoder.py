@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from model import domains, tokenizers
 from model.domains import Domain
 from model.tokenizers._vq import VQ
-from pipelines.tokens import AT_ONCE_ON_CPU, Precision
+from pipelines.tokens import AT_ONCE_ON_CPU, Exact
 
 
 class Encoder:
     """A tokenizer of a file, without its decoder, on a device."""
 
-    def __init__(self, file: str, device: str, precision: Precision = "auto", *, compiled: bool = False) -> None:
+    def __init__(self, file: str, device: str, precision: Exact = "float32", *, compiled: bool = False) -> None:
         self.tokenizer = tokenizers.read(file, encoder_only=True).requires_grad_(False).to(device)
         self.domain, self.device = self.tokenizer.domain, torch.device(device)
         dtype = dtype_on(device, precision)
@@ -60,13 +60,12 @@ def not_finite(who: str) -> str:
     )
 
 
-def dtype_on(device: str, precision: Precision) -> torch.dtype:
-    """What a precision means on a device: "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    gpu = device.startswith("cuda")
-    names = ("auto", "float32", "bfloat16", "float16") if gpu else ("auto", "float32", "bfloat16")
+def dtype_on(device: str, precision: Exact) -> torch.dtype:
+    """The torch dtype of a precision; ValueError for one that the device does not compute in."""
+    names = ("float32", "bfloat16", "float16") if device.startswith("cuda") else ("float32", "bfloat16")
     if precision not in names:
         raise ValueError(f"precision {precision!r} on {device}, expected one of {', '.join(names)}")
-    found: torch.dtype = getattr(torch, precision if precision != "auto" else "bfloat16" if gpu else "float32")
+    found: torch.dtype = getattr(torch, precision)
     return found
 
 

@@ -15,7 +15,7 @@ from dataengine.geometry import Crop, crops_of, cut
 from dataengine.labeler import Labeler, Staged
 from dataengine.sample import Sample
 from dataengine.storage import redacted
-from pipelines.tokens import Precision
+from pipelines.tokens import Exact
 
 WHOLE = ("grid", "vector")
 """Kinds of values that are of a whole image."""
@@ -31,7 +31,7 @@ class Wanted:
     column: str
     modality: str
     file: str
-    precision: Precision
+    precision: Exact
     compiled: bool
     side: int
     at_once: int

@@ -19,7 +19,7 @@ from dataengine.weights import Weights
 from pipelines import _sources, licences, tokens
 from pipelines import label as labelling
 from pipelines.tokenize_instances import TokenizeMasks, TokenizePoses
-from pipelines.tokens import AT_ONCE, Precision
+from pipelines.tokens import AT_ONCE, Exact, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Tokenize(Labeler):
     modality: str
     checkpoint: str
     side: int
-    precision: Precision = "auto"
+    precision: Exact = "float32"
     at_once: int = AT_ONCE
     compiled: bool = False
     ml4m_names: bool = False
@@ -81,7 +81,7 @@ class TokenizeFeatures(Labeler):
     checkpoint: str
     side: int
     features: Labeler
-    precision: Precision = "auto"
+    precision: Exact = "float32"
     compiled: bool = False
     ml4m_names: bool = False
 
@@ -293,6 +293,8 @@ class Choice:
     side: int = 0
     """Pixels of a crop; 0 for those of each tokenizer."""
     precision: Precision = "auto"
+    device: str = "auto"
+    """Where they will run: what precision "auto" depends on, and nothing else."""
     compiled: bool = False
     ml4m_names: bool = False
 
@@ -307,7 +309,8 @@ def labelers(
 
     A version is tokenised to a version of the tokens: `depth@v2` to `tok_depth@64@v2`. Features are made on the way,
     by the first of `makers` (`label.candidates`; by default every labeler with its default settings). The tokenizer of
-    canny edges is that of SAM's, too, where that has none of its own, as in ml-4m.
+    canny edges is that of SAM's, too, where that has none of its own, as in ml-4m. Precision "auto" is decided here, so
+    that wherever the rest of a column is made it is of one precision.
     """
     found = tokenizers_in(folder)
     out: list[Labeler] = []
@@ -325,7 +328,8 @@ def labelers(
 
 
 def _labeler(name: str, file: str, side: int, makers: Sequence[Labeler] | None, choice: Choice) -> Labeler:
-    how: dict[str, Any] = {"checkpoint": file, "precision": choice.precision, "compiled": choice.compiled}
+    precision = tokens.exact(choice.precision, choice.device)
+    how: dict[str, Any] = {"checkpoint": file, "precision": precision, "compiled": choice.compiled}
     if name == "human_poses":
         return TokenizePoses(**how)
     if name == "sam_mask":

@@ -16,7 +16,7 @@ from dataengine.modalities import human_poses, sam_instance, sam_instance_tokens
 from dataengine.sample import Sample
 from dataengine.weights import Weights
 from pipelines import tokens
-from pipelines.tokens import AT_ONCE, Precision
+from pipelines.tokens import AT_ONCE, Exact
 
 SMALLEST = 0.0005
 """Of the area of a crop, that of the box of an instance which is left out (ml-4m's bbox_area_threshold)."""
@@ -31,7 +31,7 @@ class _Tokenizer(Labeler):
     gpus = 0.1
 
     checkpoint: str
-    precision: Precision = "auto"
+    precision: Exact = "float32"
     compiled: bool = False
 
     def weights(self) -> Weights:

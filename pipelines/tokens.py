@@ -6,9 +6,21 @@ from typing import Literal
 
 from dataengine import modalities
 from dataengine.ml4m import FEATURES
+from pipelines import label
+
+Exact = Literal["float32", "bfloat16", "float16"]
+"""What an encoder computes in, wherever it runs; float16 on a GPU alone. A column's identity holds it."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-"""What an encoder computes in. auto: bfloat16 on a GPU, float32 on a CPU; bfloat16 on a CPU where it is asked for."""
+"""What may be asked for. auto: bfloat16 on a GPU, float32 on a CPU, as the plan is made (`exact`)."""
+
+
+def exact(precision: Precision, device: str) -> Exact:
+    """What a precision stands for where the networks run on "cpu", "cuda", "cuda:0", ..., or "auto": what is here."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if label.pick_device(device).startswith("cuda") else "float32"
+
 
 AT_ONCE = 64
 """Crops that are in a tokenizer at once."""

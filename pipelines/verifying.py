@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +19,7 @@ from dataengine.validate import Problem
 from dataengine.versions import Versioned
 from pipelines import config, label, planning, tokenize
 from pipelines.running import console
+from pipelines.tokens import Exact
 
 
 @dataclass
@@ -115,7 +116,9 @@ def replay(
     if tokenizers is not None:
         known = plugins.names("labelers")
         own = [setting for setting in settings if setting.partition(".")[0] in known]
-        given += tokenize.labelers(tokenizers, [], label.candidates(recipe, own))
+        for precision in get_args(Exact):  # the record says which
+            choice = tokenize.Choice(precision=precision)
+            given += tokenize.labelers(tokenizers, [], label.candidates(recipe, own), choice)
     made = Maker(dataset, given, settings)
     with Progress(
         TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), console=console

@@ -213,13 +213,13 @@ def test_what_is_no_byte_has_no_table() -> None:
 
 def test_a_precision_is_what_a_device_can_do() -> None:
     for device, precision, wanted in (
-        ("cuda:0", "auto", torch.bfloat16),
+        ("cuda:0", "float32", torch.float32),
         ("cuda", "float16", torch.float16),
-        ("cpu", "auto", torch.float32),
+        ("cpu", "float32", torch.float32),
         ("cpu", "bfloat16", torch.bfloat16),
     ):
         assert _encoder.dtype_on(device, precision) is wanted  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'float16' on cpu, expected one of auto, float32, bfloat16"):
+    with pytest.raises(ValueError, match="'float16' on cpu, expected one of float32, bfloat16"):
         _encoder.dtype_on("cpu", "float16")
 
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from dataengine import local, modalities
 from dataengine.labeler import Labeler, Loaded
-from dataengine.manifest import Dataset
+from dataengine.manifest import Conflict, Dataset
 from dataengine.plan import plan_labels
 from dataengine.sample import Sample
 from model import domains
 from model.tokenizers._mlp import BottleneckMLP
 from model.tokenizers.vqvae import VQVAE, VQVAEConfig
-from pipelines import tokenize
+from pipelines import tokenize, verifying
 from tests.fakes import ingested, tree
 
 SMALL = VQVAEConfig(
@@ -160,3 +160,31 @@ def test_tokens_are_made_without_a_convolution(monkeypatch: pytest.MonkeyPatch) 
     model = VQVAE.tiny()
     monkeypatch.setattr(F, "conv2d", lambda *args, **kwargs: pytest.fail("a convolution"))
     assert model.tokenize(torch.zeros(1, 3, 32, 32)).shape == (1, *model.grid)
+
+
+def test_a_column_is_of_one_precision_wherever_the_rest_of_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, dataset = folder(tmp_path / "files", ["rgb", DENSE]), ingested(tmp_path, count=6)
+
+    def chosen(**how: Any) -> list[Labeler]:
+        return tokenize.labelers(files, [], [Means()], tokenize.Choice(**how))
+
+    for device, precision in (("cuda", "bfloat16"), ("cuda:1", "bfloat16"), ("cpu", "float32")):
+        made = chosen(device=device)
+        assert [x.identity()["settings"]["precision"] for x in made] == [precision] * 2
+        assert [x.identity() for x in made] == [x.identity() for x in chosen(precision=precision)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen()[0].identity()["settings"]["precision"] == "bfloat16"
+    assert chosen(precision="float16", device="cpu")[0].identity()["settings"]["precision"] == "float16"
+    make(dataset, chosen(device="cpu"))
+    with pytest.raises(Conflict, match="was made with other settings"):
+        tokenize.plan_of(dataset, chosen(device="cuda"))
+
+
+def test_tokens_of_any_precision_are_made_again_and_compared(tmp_path: Path) -> None:
+    files, dataset = folder(tmp_path / "files", ["rgb"]), ingested(tmp_path, count=2)
+    make(dataset, tokenize.labelers(files, [], [], tokenize.Choice(precision="bfloat16")))
+    found = verifying.Verified(1.0)
+    verifying.replay(dataset, found, 1.0, "cpu", tokenizers=str(files))
+    assert [cell["outcome"] for cell in found.replayed if cell["modality"] == "tok_rgb@32"] == ["same"]
