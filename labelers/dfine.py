@@ -66,11 +66,6 @@ class DFine(Labeler):
         height, width, resample, statistics = geometry(self.checkpoint)
         knots = _calibration.read(self.calibration)
         _networks.placed(model, device, compiled=self.compiled)
-        for projection in model.model.decoder_input_proj:
-            # transformers makes the anchors, which are positions, in the precision of what this gives.
-            projection.register_forward_hook(lambda _layer, _inputs, out: out.float())
-        integral = model.model.decoder.integral
-        integral.forward = torch.autocast("cuda", enabled=False)(integral.forward)
 
         def label(images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
             with torch.inference_mode():
@@ -129,7 +124,11 @@ class DFine(Labeler):
 
 
 def network(checkpoint: str) -> DFineForObjectDetection:
-    """The network of a checkpoint in transformers' layout, float32, on the CPU; ValueError when it is not for COCO."""
+    """The network of a checkpoint in transformers' layout, float32, on the CPU; ValueError when it is not for COCO.
+
+    Where things are it computes in float32 within autocast, too.
+    """
+    import torch
     from transformers import DFineForObjectDetection
 
     model = _huggingface.network(checkpoint, DFineForObjectDetection, "dfine")
@@ -137,6 +136,11 @@ def network(checkpoint: str) -> DFineForObjectDetection:
         raise ValueError(
             f"dfine: expected weights for COCO's {len(coco.THINGS)} classes, these have {model.config.num_labels}"
         )
+    for projection in model.model.decoder_input_proj:
+        # transformers makes the anchors, which are positions, in the precision of what this gives.
+        projection.register_forward_hook(lambda _layer, _inputs, out: out.float())
+    integral = model.model.decoder.integral
+    integral.forward = torch.autocast("cuda", enabled=False)(integral.forward)
     return model
 
 
