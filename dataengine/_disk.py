@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dataengine._objects import Entry
 from dataengine._patience import told
+from dataengine._tars import Buffer
 
 _PENDING = (".", ".tmp")
 """How the name of a file that `put` has not renamed yet begins and ends: never listed, `find` shows it to gc."""
@@ -67,7 +68,7 @@ class Disk:
         found = os.walk(self._base, onerror=refuse, followlinks=True)
         return sorted(os.path.relpath(os.path.join(folder, n), self._base) for folder, _, names in found for n in names)
 
-    def publish(self, path: str, data: Sequence[bytes]) -> bool:
+    def publish(self, path: str, data: Sequence[Buffer]) -> bool:
         """Written and synced without a name, then hard-linked to its name, which fails if that is taken."""
         target = Path(self._base, path)
         with self._telling("writing", path, missing=True):
@@ -165,7 +166,7 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _link(target: Path, data: Sequence[bytes]) -> bool:
+def _link(target: Path, data: Sequence[Buffer]) -> bool:
     with _written(target.parent, data) as (handle, source):
         # Linking by descriptor needs AT_SYMLINK_FOLLOW, which Python passes on only beside a directory.
         folder = os.open(target.parent, os.O_RDONLY)
@@ -185,7 +186,7 @@ def _link(target: Path, data: Sequence[bytes]) -> bool:
 
 
 @contextmanager
-def _written(folder: Path, data: Sequence[bytes]) -> Iterator[tuple[int, str]]:
+def _written(folder: Path, data: Sequence[Buffer]) -> Iterator[tuple[int, str]]:
     """A synced file with these bytes that has no name in `folder` yet: its descriptor and a path that can be linked.
 
     It is nameless where the file system can do that (O_TMPFILE), so that a killed process leaves nothing behind; else

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataengine import shards
+from dataengine._tars import Buffer
 from dataengine.canonical import Limits
 from dataengine.index import Index, record_path
 from dataengine.shards import Member, shard_name
@@ -201,7 +202,7 @@ class Dataset:
         except tarfile.ReadError as error:
             raise ValueError(f"{record.file} is no tar: {error}") from error
 
-    def publish(self, record: Commit, data: bytes | Sequence[bytes]) -> Published:
+    def publish(self, record: Commit, data: bytes | Sequence[Buffer]) -> Published:
         """Publish a cell: its file, then its record. Conflict when it was committed under another identity.
 
         A file without a record is what an interrupted attempt left, or is not finished with: adopted when its bytes

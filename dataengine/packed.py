@@ -9,8 +9,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
@@ -21,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataengine import modalities
+from dataengine import _packing, modalities
 from dataengine.modalities import TextLike
 
 FORMAT = 2
 _METADATA = b"dataengine.tokens"
+_BLOCK = 1 << 22
 _SHA256 = re.compile(r"([0-9a-f]{64})?")
 
 Draws = dict[str, float]
@@ -87,15 +87,32 @@ class Column:
         return codec
 
 
-def write(columns: Sequence[Column], num_crops: int, keys: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> bytes:
-    """An Arrow IPC file of the rows, in key order; `rows[column]` has a value or None (no valid label) for each key."""
+def write(columns: Sequence[Column], num_crops: int, keys: Sequence[str], rows: Mapping[str, Iterable[Any]]) -> bytes:
+    """The file of `pieces` of `build`, in one piece."""
+    return b"".join(pieces(build(columns, num_crops, keys, rows)))
+
+
+def build(
+    columns: Sequence[Column], num_crops: int, keys: Sequence[str], rows: Mapping[str, Iterable[Any]]
+) -> pa.RecordBatch:
+    """The rows, in key order; `rows[column]` gives a value or None (no valid label) for each key.
+
+    Each is gone through once, in the order of the columns: an iterator need not hold what it gave, nor begin early.
+    """
     schema = _schema(columns, num_crops)
-    arrays = [pa.array(keys, pa.string()), *(_array(c, num_crops, keys, rows[c.name]) for c in columns)]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=schema))
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    arrays = [
+        pa.array(keys, pa.string()),
+        *(_packing.array_of(c, _arrow_type(c, num_crops), num_crops, keys, rows[c.name]) for c in columns),
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def pieces(batch: pa.RecordBatch) -> list[memoryview]:
+    """The Arrow IPC file of a batch, to be written one by one: what is large are views of the batch, not copies."""
+    sink = _packing.Pieces()
+    with pa.ipc.new_file(pa.PythonFile(sink, "w"), batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.parts
 
 
 def _schema(columns: Sequence[Column], num_crops: int) -> pa.Schema:
@@ -112,60 +129,6 @@ def _arrow_type(column: Column, num_crops: int) -> pa.DataType:
     if column.kind == "embeddings":
         return pa.list_(pa.list_(pa.list_(pa.float16(), column.dim)))
     return pa.list_(pa.list_(pa.list_(pa.uint16())))
-
-
-def _array(column: Column, num_crops: int, keys: Sequence[str], values: Sequence[Any]) -> pa.Array:
-    missing = pa.array([value is None for value in values], pa.bool_())
-    if column.kind in ("tokens", "pixels"):
-        return _dense(column, num_crops, values, missing)
-    variants, pieces = array("i", [0]), array("i", [0])
-    ends, flat, parts = array("i", [0]), array("H"), []
-    for key, value in zip(keys, values, strict=True):
-        if value is not None and column.choice == "crop" and len(value) != num_crops:
-            raise ValueError(
-                f"{column.name} of {key}: {len(value)} variants, expected one for each of {num_crops} crops"
-            )
-        for variant in value or ():
-            if column.kind == "embeddings":
-                if variant.dtype != np.float16 or variant.shape[1:] != (column.dim,):
-                    expected = f"float16 (rows, {column.dim})"
-                    raise ValueError(f"{column.name} of {key}: {variant.dtype} {variant.shape}, expected {expected}")
-                parts.append(variant)
-                pieces.append(pieces[-1] + len(variant))
-                continue
-            for piece in variant:
-                try:
-                    flat.extend(piece)
-                except (OverflowError, ValueError, TypeError) as error:
-                    raise ValueError(f"{column.name} of {key}: expected numbers 0..65535, {error}") from error
-                ends.append(len(flat))
-            pieces.append(len(ends) - 1)
-        variants.append(len(pieces) - 1)
-    if column.kind == "embeddings":
-        numbers = np.concatenate([*parts, np.zeros((0, column.dim), np.float16)])
-        inner: pa.Array = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), column.dim)
-    else:
-        inner = pa.ListArray.from_arrays(_wrapped(ends, pa.int32()), _wrapped(flat, pa.uint16()))
-    outer = pa.ListArray.from_arrays(_wrapped(pieces, pa.int32()), inner)
-    return pa.ListArray.from_arrays(_wrapped(variants, pa.int32()), outer, mask=missing)
-
-
-def _wrapped(numbers: array[int], kind: pa.DataType) -> pa.Array:
-    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
-
-
-def _dense(column: Column, num_crops: int, values: Sequence[Any], missing: pa.Array) -> pa.Array:
-    kind = _arrow_type(column, num_crops)
-    dtype = np.dtype(kind.value_type.to_pandas_dtype())
-    shape = (num_crops, column.max_tokens) if column.kind == "tokens" else (num_crops, column.side, column.side, 3)
-    # A null keeps its place in the values, so that they can be viewed as one dense array.
-    flat = np.zeros((len(values), *shape), dtype)
-    for row, value in zip(flat, values, strict=True):
-        if value is not None:
-            if value.shape != shape:
-                raise ValueError(f"{column.name}: expected {shape}, got {value.shape}")
-            row[...] = value
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
 
 
 def columns_of(batch: pa.RecordBatch) -> tuple[int, list[Column]]:
@@ -188,16 +151,14 @@ def columns_of(batch: pa.RecordBatch) -> tuple[int, list[Column]]:
     return num_crops, columns
 
 
-def check(data: bytes | memoryview) -> tuple[str, ...]:
-    """The keys of a packed shard in memory; ValueError when it is not what `packed.write` makes, or an id has no word.
+def check(data: bytes | memoryview | pa.RecordBatch) -> tuple[str, ...]:
+    """The keys of a packed shard in memory, a file or its rows; ValueError when it is not what `packed.write` makes.
 
-    What modalities draw by an `assemble` of their own is drawn once for each variant, for its ids are only known then.
+    An id that has no word is an error too. What modalities draw by an `assemble` of their own is drawn once for each
+    variant, for its ids are only known then.
     """
     try:
-        with pa.ipc.open_file(pa.BufferReader(data)) as reader:
-            if reader.num_record_batches != 1:
-                raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
-            batch = reader.get_batch(0)
+        batch = data if isinstance(data, pa.RecordBatch) else _only_batch(data)
         batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"no packed shard: {type(error).__name__}: {error}") from error
@@ -209,6 +170,13 @@ def check(data: bytes | memoryview) -> tuple[str, ...]:
         elif column.kind in ("sequence", "embeddings"):
             _check_variants(column, values, num_crops)
     return tuple(map(str, batch.column("key").to_pylist()))
+
+
+def _only_batch(data: bytes | memoryview) -> pa.RecordBatch:
+    with pa.ipc.open_file(pa.BufferReader(data)) as reader:
+        if reader.num_record_batches != 1:
+            raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
+        return reader.get_batch(0)
 
 
 def _check_ids(column: Column, largest: int | None) -> None:
@@ -228,7 +196,8 @@ def _check_variants(column: Column, values: pa.ListArray, num_crops: int) -> Non
         longest = pc.max(pc.list_value_length(variants)).as_py() or 0
         if longest > column.max_tokens:
             raise ValueError(f"{column.name}: {longest} rows, expected at most {column.max_tokens}")
-        if not np.isfinite(pieces.flatten().to_numpy(zero_copy_only=False)).all():
+        numbers = pieces.flatten().to_numpy(zero_copy_only=False)
+        if not all(np.isfinite(numbers[i : i + _BLOCK]).all() for i in range(0, len(numbers), _BLOCK)):
             raise ValueError(f"{column.name}: expected finite numbers")
         return
     codec = column.source

@@ -65,7 +65,7 @@ def list_tar(data: Buffer) -> Iterator[tuple[str, str, int, int]]:
         yield key, suffix, header.offset, header.offset + header.size
 
 
-def sha256(data: Buffer | Sequence[bytes]) -> str:
+def sha256(data: Buffer | Sequence[Buffer]) -> str:
     """Hex digest of some bytes, whole or in pieces."""
     found = hashlib.sha256()
     for part in [data] if isinstance(data, bytes | bytearray | memoryview) else data:

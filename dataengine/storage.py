@@ -27,6 +27,7 @@ from dataengine._objects import _tag as tag_of
 from dataengine._patience import StoreError, patiently
 from dataengine._redact import check_credentials, check_root, redacted
 from dataengine._s3 import Bucket
+from dataengine._tars import Buffer
 
 __all__ = ["Entry", "Store", "StoreError", "cached", "expand", "open_url", "redacted", "split_url", "tag"]
 
@@ -129,7 +130,7 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def publish(self, path: str, data: bytes | Sequence[bytes]) -> bool:
+    def publish(self, path: str, data: bytes | Sequence[Buffer]) -> bool:
         """Make a whole object appear under `path`; False, and nothing changed, when one is already there.
 
         Data in pieces is written piece by piece where the store allows that, and joined where not.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -146,19 +146,21 @@ def _convert_shard(worker: Convert, encode: Encode, task: Task) -> Report:
     keys, members = ml4m.read(tars, dict(worker.names))
     try:
         rows = _rows(worker, keys, members, encode)
-        data = packed.write(worker.columns, worker.num_crops, keys, rows)
-        packed.check(data)
+        batch = packed.build(worker.columns, worker.num_crops, keys, rows)
+        packed.check(batch)
     except ValueError as error:
         raise ValueError(f"{tars.name}: {error}") from error
     of = {"ml4m": tars.name}
-    return pack.publish(Dataset(worker.root), worker.columns, task, keys, data, of, began)
+    return pack.publish(Dataset(worker.root), worker.columns, task, keys, packed.pieces(batch), of, began)
 
 
 def _rows(
-    worker: Convert, keys: Sequence[str], members: Mapping[str, list[Member]], encode: Encode
-) -> dict[str, list[Any]]:
+    worker: Convert, keys: Sequence[str], members: dict[str, list[Member]], encode: Encode
+) -> dict[str, Iterator[Any]]:
+    """What `packed.build` takes, made when it is asked for; members are taken away as they are used."""
+    with_pixels = any(c.kind == "pixels" for c in worker.columns)
     images = [m.data for m in members.get("rgb", [])]
-    placed = bool(set(members) & set(_PLACED)) or any(c.kind == "pixels" for c in worker.columns)
+    placed = bool(set(members) & set(_PLACED)) or with_pixels
     if placed and not {"rgb", "crop_settings"} <= set(members):
         raise ValueError(f"{' and '.join(set(members) & set(_PLACED))} need rgb and crop_settings in the path")
     sizes = [pack.size_of(image) for image in images] if placed else [(1, 1)] * len(keys)
@@ -168,21 +170,32 @@ def _rows(
     for key, here in zip(keys, crops, strict=True):
         if len(here) != worker.num_crops:
             raise ValueError(f"crop_settings of {key}: {len(here)} crops, expected {worker.num_crops}")
-    rows: dict[str, list[Any]] = {}
+    members.pop("rgb", None)
+    if not with_pixels:
+        images.clear()
+    rows: dict[str, Iterator[Any]] = {}
     for column in worker.columns:
         if column.kind == "pixels":
-            rows[column.name] = [pack.pixels(image, c, column.side) for image, c in zip(images, crops, strict=True)]
+            rows[column.name] = pack.all_pixels(images, crops, column.side)
             continue
         if column.name not in members:
             raise ValueError(f"no {column.name}, which the first shard has")
-        codec = modalities.load(column.codec or column.name)
-        rows[column.name] = [
-            _by_crop(
-                column, pack.row(column, codec, m.key, ml4m.decode(column.name, m), c, size, encode), worker, m.key
-            )
-            for m, c, size in zip(members[column.name], crops, sizes, strict=True)
-        ]
+        rows[column.name] = _values(worker, column, members.pop(column.name), crops, sizes, encode)
     return rows
+
+
+def _values(
+    worker: Convert,
+    column: Column,
+    members: list[Member],
+    crops: Sequence[Sequence[Crop]],
+    sizes: Sequence[tuple[int, int]],
+    encode: Encode,
+) -> Iterator[Any]:
+    codec = modalities.load(column.codec or column.name)
+    for m, c, size in zip(pack.taken(members), crops, sizes, strict=True):
+        value = pack.row(column, codec, m.key, ml4m.decode(column.name, m), c, size, encode)
+        yield _by_crop(column, value, worker, m.key)
 
 
 def _by_crop(column: Column, variants: Any, worker: Convert, key: str) -> Any:

@@ -7,16 +7,17 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from dataengine import _tars, modalities, packed, shards
+from dataengine._tars import Buffer
 from dataengine.geometry import Crop, crops_of
 from dataengine.manifest import Commit, Dataset
 from dataengine.modalities import Modality, TextLike
@@ -29,6 +30,7 @@ CELL = "tokens"
 """The name under which packed shards are committed."""
 
 Encode = Callable[[str], list[int]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -216,19 +218,44 @@ def _pack_shard(dataset: Dataset, columns: Sequence[Column], encode: Encode, tas
     settings = modalities.load("crop_settings")
     crops = [crops_of(settings.decode(m.data)) for m in dataset.read("crop_settings", task.shard)]
     sizes = [size_of(image) for image in images]
-    rows: dict[str, list[Any]] = {}
-    for column in columns:
-        if column.kind == "pixels":
-            rows[column.name] = [pixels(image, c, column.side) for image, c in zip(images, crops, strict=True)]
-            continue
-        name = column.codec or column.name
-        codec, invalid = modalities.load(name), _record(dataset, name, task.shard).invalid
-        rows[column.name] = [
-            None if m.key in invalid else row(column, codec, m.key, codec.decode(m.data), c, size, encode)
-            for m, c, size in zip(dataset.read(name, task.shard), crops, sizes, strict=True)
-        ]
-    data = packed.write(columns, dataset.plan.num_crops, keys, rows)
-    return publish(dataset, columns, task, keys, data, {}, began)
+    if not any(c.kind == "pixels" for c in columns):
+        images.clear()
+    rows = {
+        c.name: all_pixels(images, crops, c.side)
+        if c.kind == "pixels"
+        else _values(dataset, c, task.shard, crops, sizes, encode)
+        for c in columns
+    }
+    batch = packed.build(columns, dataset.plan.num_crops, keys, rows)
+    return publish(dataset, columns, task, keys, packed.pieces(batch), {}, began)
+
+
+def _values(
+    dataset: Dataset,
+    column: Column,
+    shard: int,
+    crops: Sequence[Sequence[Crop]],
+    sizes: Sequence[tuple[int, int]],
+    encode: Encode,
+) -> Iterator[Any]:
+    """What `packed.build` takes of a column, whose tar is read when the first is asked for."""
+    name = column.codec or column.name
+    codec, invalid = modalities.load(name), _record(dataset, name, shard).invalid
+    for m, c, size in zip(taken(dataset.read(name, shard)), crops, sizes, strict=True):
+        yield None if m.key in invalid else row(column, codec, m.key, codec.decode(m.data), c, size, encode)
+
+
+def taken(items: list[Item]) -> Iterator[Item]:
+    """The items in their order; the list is emptied, so that each is freed when it has been used."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def all_pixels(images: list[bytes], crops: Sequence[Sequence[Crop]], side: int) -> Iterator[np.ndarray]:
+    """`pixels` of each stored image, which are taken from the list."""
+    for image, here in zip(taken(images), crops, strict=True):
+        yield pixels(image, here, side)
 
 
 def publish(
@@ -236,17 +263,17 @@ def publish(
     columns: Sequence[Column],
     task: Task,
     keys: Sequence[str],
-    data: bytes,
+    data: Sequence[Buffer],
     provenance: dict[str, Any],
     began: float,
 ) -> Report:
-    """Commit a packed shard; `began` is when work on it did, by `perf_counter`."""
+    """Commit a packed shard, given in pieces; `began` is when work on it did, by `perf_counter`."""
     record = Commit(
         modality=CELL,
         shard=task.shard,
         spec=task.specs[CELL],
         file=f"{CELL}/{shard_name(task.shard)}.arrow",
-        num_bytes=len(data),
+        num_bytes=sum(map(len, data)),
         sha256=shards.sha256(data),
         num_samples=len(keys),
         keys_sha256=shards.keys_sha256(keys),
@@ -254,7 +281,7 @@ def publish(
     )
     dataset.publish(record, data)
     seconds = perf_counter() - began
-    return Report(task.shard, (CellReport(CELL, len(keys), 0, len(data), seconds),), seconds)
+    return Report(task.shard, (CellReport(CELL, len(keys), 0, record.num_bytes, seconds),), seconds)
 
 
 def encoder(text_tokenizer: str) -> Encode:
@@ -288,7 +315,7 @@ def row(
     size: tuple[int, int],
     encode: Encode,
 ) -> Any:
-    """What `packed.write` takes for a value; None where it says nothing and its grammar has no word for that."""
+    """What `packed.build` takes for a value; None where it says nothing and its grammar has no word for that."""
     if column.kind == "tokens":
         return value
     if isinstance(codec, T5Caption):

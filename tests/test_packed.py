@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dataengine import packed
+from dataengine import _packing, packed
 from dataengine.packed import Column, Packed
 
 SHA = "a" * 64
@@ -124,6 +125,49 @@ def test_equal_rows_are_equal_bytes_and_a_shard_travels_by_its_path(tmp_path: Pa
     assert len(again) == 3
     assert again.columns == {c.name: c for c in COLUMNS}
     assert packed.check(Path(shard.path).read_bytes()) == tuple(KEYS)
+
+
+def test_the_pieces_are_the_file_that_arrow_writes_and_its_columns_are_not_copied() -> None:
+    batch = packed.build(COLUMNS, 2, KEYS, {name: iter(values) for name, values in example_rows().items()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    pieces = packed.pieces(batch)
+    assert b"".join(pieces) == sink.getvalue().to_pybytes() == packed.write(COLUMNS, 2, KEYS, example_rows())
+    assert packed.check(batch) == tuple(KEYS)
+    pixels = batch.column("rgb@16").values.buffers()[1]
+    assert pixels.address in [np.frombuffer(p, np.uint8).ctypes.data for p in pieces]
+
+
+def test_iterators_are_used_one_after_the_other_and_must_have_all_keys() -> None:
+    order = []
+
+    def values(name: str, items: list[Any]) -> Iterator[Any]:
+        for item in items:
+            order.append(name)
+            yield item
+
+    packed.build(COLUMNS, 2, KEYS, {n: values(n, v) for n, v in example_rows().items()})
+    assert order == [n for n in NAMES for _ in KEYS]
+    for column in COLUMNS:
+        for items in (example_rows()[column.name][:2], [*example_rows()[column.name], None]):
+            with pytest.raises(ValueError, match="zip"):
+                packed.build([column], 2, KEYS, {column.name: iter(items)})
+
+
+@pytest.mark.parametrize(("name", "most"), [("caption", 2), ("caption", 3), ("det", 4), ("t5_caption", 5)])
+def test_more_than_offsets_can_count_is_refused_with_the_remedy(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, rows = [c for c in COLUMNS if c.name == name], example_rows()
+    monkeypatch.setattr(_packing, "_MOST", most)
+    said = (
+        rf"{name}: more than {most} numbers.*: make smaller shards \(`dataengine ingest` with a smaller --shard-size\)"
+    )
+    with pytest.raises(ValueError, match=said):
+        packed.build(columns, 2, KEYS, rows)
+    monkeypatch.setattr(_packing, "_MOST", 100)
+    assert len(packed.build(columns, 2, KEYS, rows)) == 3
 
 
 def test_values_that_do_not_fit_are_named_when_they_are_written() -> None:
