@@ -194,12 +194,22 @@ BOUNDS: dict[str, tuple[str, float, str]] = {
 """What 4M-21's own tokenizers reach by domain (Bachmann et al. 2024, table 1, "tokenizer bound"), and on what data."""
 
 
-def picture(modality: str, domain: Domain, value: NDArray[Any], rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """How a value is shown, uint8 (h, w, 3); `rgb` is the image it belongs to."""
+def picture(
+    modality: str, domain: Domain, value: NDArray[Any], rgb: NDArray[np.uint8], like: NDArray[Any] | None = None
+) -> NDArray[np.uint8]:
+    """How a value is shown, uint8 (h, w, 3); `rgb` is the image it belongs to.
+
+    Colours of depth and of features follow the range of what is shown; with `like` they follow that of both, so that
+    two pictures can be compared.
+    """
     if isinstance(domain, domains.SamMask):
         return np.repeat((value.astype(np.uint8) * 255)[..., None], 3, axis=2)
     if isinstance(domain, domains.Poses):
         return _stick_figure(value)
+    beside = isinstance(domain, (domains.Depth, domains.Features)) and like is not None
+    if beside:
+        assert like is not None
+        value, rgb = np.concatenate([value, like], axis=1), np.concatenate([rgb, rgb], axis=1)
     if isinstance(domain, domains.Depth):
         value = _unit(value) if domain.mapping == "standardised" else np.clip(value, 0, 1).astype(np.float32)
     if isinstance(domain, (domains.Features, domains.Vector)):
@@ -208,7 +218,7 @@ def picture(modality: str, domain: Domain, value: NDArray[Any], rgb: NDArray[np.
         modality = "DINOv2-B14-global" if isinstance(domain, domains.Vector) else "DINOv2-B14"
     shown: Picture = modalities.load(modality).picture(value, rgb)
     assert shown.image is not None
-    return shown.image
+    return np.ascontiguousarray(shown.image[:, : shown.image.shape[1] // 2]) if beside else shown.image
 
 
 def _unit(depth: NDArray[Any]) -> NDArray[np.float32]:

@@ -55,11 +55,12 @@ class Health:
         chosen = self.examples[:SHOWN]
         values = [example.value for example in chosen]
         made = decoded(model, encoded(model, values))
+        true = reconstruction.comparable(model.domain, values)
         rows = []
-        for shown in (reconstruction.comparable(model.domain, values), made):
+        for shown, other in ((true, made), (made, true)):
             tiles = [
-                _tile(reconstruction.picture(self.modality, model.domain, value, example.rgb))
-                for value, example in zip(shown, chosen, strict=True)
+                _tile(reconstruction.picture(self.modality, model.domain, value, example.rgb, like))
+                for value, like, example in zip(shown, other, chosen, strict=True)
             ]
             rows.append(np.concatenate(tiles, axis=1))
         return {f"heldout/{self.modality}": torch.from_numpy(np.concatenate(rows)).permute(2, 0, 1)}

@@ -94,7 +94,7 @@ def _pairs(judged: Judgement, domain: Domain, pairs: Sequence[Pair]) -> Grid:
         score = reconstruction.figures(domain, [pair.made], [value])[metric]
         cells = [Cell("rgb", Picture(_enlarged(rgb)))] if first else []
         for shown, text in ((value, ""), (pair.made, f"{metric} {number(score)}")):
-            drawn = reconstruction.picture(judged.modality, domain, shown, rgb)
+            drawn = reconstruction.picture(judged.modality, domain, shown, rgb, pair.made if shown is value else value)
             cells.append(Cell(judged.modality, Picture(_enlarged(drawn), text=text)))
         key = f"{pair.example.key}, thing {i}" if things else pair.example.key
         rows.append(Row(key, tuple(cells)))

@@ -209,3 +209,11 @@ def test_pictures_are_of_every_domain() -> None:
         assert shown.dtype == np.uint8
         assert shown.shape[2] == 3
         assert shown.std() > 0
+    near, far = np.full((2, SIDE, SIDE), 0.3, np.float32)
+    near[0], far[0], far[1] = 0.1, 0.1, 0.9
+    alone = reconstruction.picture("depth", domains.Depth(), near, rgb)
+    beside = reconstruction.picture("depth", domains.Depth(), near, rgb, far)
+    assert alone.shape == beside.shape
+    # 0.3 is the far end of one map, and rather near in the range of both.
+    assert (beside[-1, -1] == reconstruction.picture("depth", domains.Depth(), far, rgb, near)[-1, -1]).all()
+    assert (alone[-1, -1] != beside[-1, -1]).any()

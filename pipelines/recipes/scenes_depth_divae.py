@@ -1,4 +1,4 @@
-"""A diffusion decoder of depth: `dataengine train-tokenizer scenes_depth_divae`, TIME."""
+"""A diffusion decoder of depth: `dataengine train-tokenizer scenes_depth_divae`, two minutes on a core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 
 def recipe() -> TrainTokenizer:
-    """Trained on the codes of scenes_depth, whose encoder and codebook stay as they are: train that first."""
+    """Trained on the codes of scenes_depth, whose encoder and codebook stay as they are: train that first.
+
+    abs-rel 0.033 in 25 steps on 64 held-out scenes, where the decoder of scenes_depth has 0.029 (best constant 0.265).
+    """
     encoder = scenes_depth.recipe().model
     model = DiVAEConfig(
         domain=domains.Depth(smooth_at=0.1),

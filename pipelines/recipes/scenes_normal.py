@@ -1,4 +1,4 @@
-"""The demo's normal tokenizer: `dataengine train-tokenizer scenes_normal`, half a minute on a core."""
+"""The demo's normal tokenizer: `dataengine train-tokenizer scenes_normal`, a minute on a core."""
 
 from __future__ import annotations
 
@@ -8,5 +8,8 @@ from pipelines.train_tokenizer import TrainTokenizer
 
 
 def recipe() -> TrainTokenizer:
-    """Surface normals."""
+    """Surface normals.
+
+    4.6 degrees on held-out scenes (best constant 14.9), 95 % of the codes in use.
+    """
     return tokenizer("normal", domains.Normal(), channels=3, codes=512)
