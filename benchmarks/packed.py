@@ -35,6 +35,7 @@ TEXTS = ("caption", "det", "metadata", "color_palette", "human_poses_tokens", "s
 WORDS = ("point polygon none human pose global camera shape a the dog cat red blue ball on floor of two sitting "
          "standing beside small large house tree").split()  # fmt: skip
 _WITH_T5 = 50
+SUMS = ("tokens", "texts", "tokens_and_texts", "everything")
 GOALS = {"times_smaller": 4.0, "open_ms": 10.0, "row_us": 50.0}
 
 
@@ -42,10 +43,13 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     """Bytes, opening and reading of one shard, packed and as tars."""
     if reference is not None:
         raise ValueError("packed: there is no other checkout to compare with, expected no --reference")
-    return figures(100, 2_000) if quick else figures(1_000, 20_000)
+    found = figures(100, 2_000) if quick else figures(1_000, 20_000)
+    # What a corpus without augmentation has: headers weigh more.
+    alone = figures(100, 200, crops=1)["bytes_a_sample"]
+    return {**found, "times_smaller_at_one_crop": {name: alone[name]["times_smaller"] for name in SUMS}}
 
 
-def figures(count: int, rounds: int) -> dict[str, Any]:
+def figures(count: int, rounds: int, crops: int = CROPS) -> dict[str, Any]:
     """The same of a shard of `count` samples, of which `rounds` are read of each set of modalities."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="packed-") as name:
@@ -56,7 +60,7 @@ def figures(count: int, rounds: int) -> dict[str, Any]:
         columns, rows, tars = [], {}, {}
         for modality in (*TOKENS, *TEXTS, "t5_caption"):
             few = keys[:_WITH_T5] if modality == "t5_caption" else keys
-            column, values, members = _made(rng, modality, few, tokenizer)
+            column, values, members = _made(rng, modality, few, tokenizer, crops)
             path = folder / ml4m.Reader().folder(modality) / "shard-00000.tar"
             path.parent.mkdir()
             path.write_bytes(shards.build_tar(members))
@@ -64,14 +68,14 @@ def figures(count: int, rounds: int) -> dict[str, Any]:
             rows[column.name] = [*values, *[None] * (count - len(few))]
             tars[column.name] = (path, len(few))
         file = folder / "shard-00000.arrow"
-        file.write_bytes(packed.write(columns, CROPS, keys, rows))
+        file.write_bytes(packed.write(columns, crops, keys, rows))
         _report.console.print("sizes ...")
         sizes = _sizes(file, columns, tars)
         _report.console.print("reading ...")
         return {
             "benchmark": "packed",
             "samples": count,
-            "crops": CROPS,
+            "crops": crops,
             "bytes_a_sample": sizes,
             "tokens_otherwise": _otherwise(file, columns),
             "open_ms": _open(file),
@@ -82,12 +86,12 @@ def figures(count: int, rounds: int) -> dict[str, Any]:
 
 
 def _made(
-    rng: np.random.Generator, modality: str, keys: Sequence[str], tokenizer: Any
+    rng: np.random.Generator, modality: str, keys: Sequence[str], tokenizer: Any, num_crops: int
 ) -> tuple[Column, list[Any], list[Member]]:
     """The packed column of a modality, its packed values, and the members that ml-4m reads."""
     codec = modalities.load(modality)
-    values = [_value(rng, modality) for _ in keys]
-    form = ml4m.Reader().form(modality, CROPS)
+    values = [_value(rng, modality, num_crops) for _ in keys]
+    form = ml4m.Reader().form(modality, num_crops)
     members = [form(Member(k, codec.suffix, codec.encode(v))) for k, v in zip(keys, values, strict=True)]
     if modality in TOKENS:
         vocab_size, num_tokens = ml4m.TOKENS[modality]
@@ -97,22 +101,22 @@ def _made(
     column = pack.text_column(codec, pack.Vocabulary(tokenizer.vocab_size))
     out = []
     for key, value in zip(keys, values, strict=True):
-        crops = crops_of(crop_settings(rng, *SIZE, CROPS, 0.8))
+        crops = crops_of(crop_settings(rng, *SIZE, num_crops, 0.8))
         out.append(pack.row(column, codec, key, value, crops, SIZE, tokenizer.encode))
     return column, out, members
 
 
-def _value(rng: np.random.Generator, modality: str) -> Any:
+def _value(rng: np.random.Generator, modality: str, num_crops: int) -> Any:
     if modality in TOKENS:
         vocab_size, num_tokens = ml4m.TOKENS[modality]
-        return rng.integers(0, vocab_size, (CROPS, num_tokens)).astype(np.uint16)
+        return rng.integers(0, vocab_size, (num_crops, num_tokens)).astype(np.uint16)
     codec = modalities.load(modality)
     if modality == "caption":
         return [" ".join(rng.choice(WORDS[8:], 12))]
     if modality == "det":
         return {"instances": [codec.example(rng, SIZE)["instances"][i % 2] for i in range(6)]}
     if modality == "sam_instance_tokens":
-        return {"side": 224, "crops": [[_instance(rng) for _ in range(20)] for _ in range(CROPS)]}
+        return {"side": 224, "crops": [[_instance(rng) for _ in range(20)] for _ in range(num_crops)]}
     if modality == "human_poses_tokens" and rng.random() < 0.5:
         return []
     if modality == "human_poses_tokens":
