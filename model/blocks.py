@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# B batch, N queries, M keys, D width, H heads, K head width
+from model.attention import Groups
+
+# T queries and S keys of a whole batch in one row, D width, H heads, K head width
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "SiLU": nn.SiLU}
 
@@ -46,17 +48,6 @@ class Mlp(nn.Module):
         return self.fc2(hidden if self.fc3 is None else hidden * self.fc3(x))
 
 
-def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, (B, H, N, K); `mask` is True where a query may look, broadcastable to (B, H, N, M)."""
-    if q_BHNK.device.type != "cpu" or q_BHNK.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
-    # The fused kernel's backward pass takes about five times as long as this in bfloat16 on CPUs with AMX.
-    scores_BHNM = q_BHNK * q_BHNK.shape[-1] ** -0.5 @ k_BHMK.transpose(-2, -1)
-    if mask is not None:
-        scores_BHNM = scores_BHNM.masked_fill(~mask, torch.finfo(scores_BHNM.dtype).min)
-    return scores_BHNM.softmax(dim=-1).to(v_BHMK.dtype) @ v_BHMK
-
-
 class Attention(nn.Module):
     """Multi-head attention of queries to the same tokens (`qkv`) or to a context (`q`, `kv`)."""
 
@@ -74,23 +65,20 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(dim // num_heads, bias=norm_bias) if qk_norm else None
         self.k_norm = LayerNorm(dim // num_heads, bias=norm_bias) if qk_norm else None
 
-    def forward(self, x_BND: Tensor, mask: Tensor | None, context_BMD: Tensor | None = None) -> Tensor:
-        """(B, N, D); `mask` is True where a query may look, broadcastable to (B, H, N, M)."""
-        if context_BMD is None:
-            q_BHNK, k_BHMK, v_BHMK = self._heads(self.qkv(x_BND), 3)
+    def forward(self, x_TD: Tensor, groups: Groups, context_SD: Tensor | None = None) -> Tensor:
+        """(T, D); `groups` says who sees whom."""
+        if context_SD is None:
+            q_THK, k_SHK, v_SHK = self._heads(self.qkv(x_TD), 3)
         else:
-            (q_BHNK,) = self._heads(self.q(x_BND), 1)
-            k_BHMK, v_BHMK = self._heads(self.kv(context_BMD), 2)
+            (q_THK,) = self._heads(self.q(x_TD), 1)
+            k_SHK, v_SHK = self._heads(self.kv(context_SD), 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BHNK = self.q_norm(q_BHNK).to(v_BHMK.dtype)
-            k_BHMK = self.k_norm(k_BHMK).to(v_BHMK.dtype)
-        y_BHNK = attend(q_BHNK, k_BHMK, v_BHMK, mask)
-        return self.proj(y_BHNK.transpose(1, 2).reshape(x_BND.shape))
+            q_THK = self.q_norm(q_THK).to(v_SHK.dtype)
+            k_SHK = self.k_norm(k_SHK).to(v_SHK.dtype)
+        return self.proj(groups.attend(q_THK, k_SHK, v_SHK).flatten(1))
 
     def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        batch, tokens, width = packed.shape
-        split = packed.view(batch, tokens, parts, self.num_heads, width // (parts * self.num_heads))
-        return split.permute(2, 0, 3, 1, 4).unbind(0)
+        return packed.unflatten(-1, (parts, self.num_heads, -1)).unbind(1)
 
 
 class Block(nn.Module):
@@ -108,9 +96,9 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, bias=norm_bias)
         self.mlp = Mlp(dim, hidden, act=act, gated=gated, bias=mlp_bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        """(T, D) to (T, D)."""
+        x = x + self.attn(self.norm1(x), groups)
         return x + self.mlp(self.norm2(x))
 
 
@@ -134,8 +122,8 @@ class DecoderBlock(nn.Module):
         self.norm2 = LayerNorm(dim, bias=norm_bias)
         self.mlp = Mlp(dim, hidden, act=act, gated=gated, bias=mlp_bias)
 
-    def forward(self, x: Tensor, context: Tensor, self_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        """(B, N, D) queries and (B, M, D) context to (B, N, D)."""
-        x = x + self.self_attn(self.norm1(x), self_mask)
-        x = x + self.cross_attn(self.query_norm(x), cross_mask, self.context_norm(context))
+    def forward(self, x: Tensor, context: Tensor, own: Groups, cross: Groups) -> Tensor:
+        """(T, D) queries and (S, D) context to (T, D)."""
+        x = x + self.self_attn(self.norm1(x), own)
+        x = x + self.cross_attn(self.query_norm(x), cross, self.context_norm(context))
         return x + self.mlp(self.norm2(x))

@@ -1,6 +1,7 @@
 """FourM: a masked encoder-decoder over many modalities (4M-21, Bachmann et al. 2024), the same function as ml-4m's.
 
-Only tokens that masking kept are embedded, and logits are computed only where there is a target.
+Only tokens that masking kept are embedded, in one row for the whole batch: nothing is computed at padding. Logits are
+computed only where there is a target.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.attention import Group, Groups
 from model.blocks import ACTIVATIONS, Block, DecoderBlock, LayerNorm
 from model.embeddings import IdEmbedding, PixelEmbedding, TargetEmbedding, VectorEmbedding, encoder_embedding
 from model.masking import MaskedBatch
 from model.spec import ModalitySpec
 
-# B batch, N encoder tokens, M decoder tokens, T tokens of one modality, D width, V vocabulary
+# B batch, N encoder tokens, M decoder tokens, S and T all of a batch that are real, R registers, D width, V vocabulary
 
 _INIT_STD = 0.02
 
@@ -94,10 +98,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder looks at: (B, R+N, D) and, unless every token is real, where it may look (B, 1, 1, R+N)."""
+    """What the decoder looks at: the encoder's tokens of all samples in one row (S, D), and how many each has."""
 
     tokens: Tensor
-    visible: Tensor | None
+    lengths: tuple[int, ...]
 
 
 class FourM(nn.Module):
@@ -147,8 +151,8 @@ class FourM(nn.Module):
         "mod": the mean over output modalities of each one's mean, modalities without a target counting as 0 (ml-4m's
         default). "token": the mean over all targets.
         """
-        hidden = self.decode(batch, self.encode(batch)).flatten(0, 1)
-        targets, modality = batch.dec_targets.flatten(), batch.dec_mod.flatten()
+        hidden, slots = self._decoded(batch, self.encode(batch))
+        targets, modality = batch.dec_targets.flatten()[slots], batch.dec_mod.flatten()[slots]
         names = {name: m for m, name in enumerate(batch.modalities)}
         losses: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
@@ -163,32 +167,39 @@ class FourM(nn.Module):
         return Output(_total(losses, counts, loss), losses, counts)
 
     def encode(self, batch: MaskedBatch) -> Context:
-        """Encoder output projected for the decoder; padding is invisible, but for samples that have nothing else."""
-        content, place = self._embed_inputs(batch)
+        """Encoder output projected for the decoder; a sample without inputs has its registers, else one zero token."""
         real = batch.enc_mod >= 0
-        visible = None
-        if not bool(real.all()):
-            visible = real | ~real.any(dim=1, keepdim=True)
-        if self.config.num_register_tokens:
-            registers = self.register_tokens.expand(len(content), -1, -1)
-            content = torch.cat([registers, content], dim=1)
-            place = torch.cat([torch.zeros_like(registers), place], dim=1)
-            if visible is not None:
-                # With registers present, padding is never the only thing to see.
-                visible = torch.cat([real.new_ones(registers.shape[:2]), real], dim=1)
-        if visible is not None:
-            visible = visible[:, None, None, :]
-        x_BND = content + place
+        registers = self.config.num_register_tokens
+        if registers:
+            real = torch.cat([real.new_ones(len(real), registers), real], dim=1)
+        else:
+            empty = ~real.any(dim=1, keepdim=True)
+            real = torch.cat([real[:, :1] | empty, real[:, 1:]], dim=1)
+        lengths = tuple(real.sum(dim=1).tolist())
+        content, place = self._embed_inputs(batch, real)
+        groups = Groups([Group(length, length) for length in lengths], content.device)
+        x_SD = content + place
         for block in self.encoder:
-            x_BND = block(x_BND, visible)
-        return Context(self.decoder_proj_context(self.encoder_norm(x_BND)) + place, visible)
+            x_SD = block(x_SD, groups)
+        return Context(self.decoder_proj_context(self.encoder_norm(x_SD)) + place, lengths)
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
-        """Hidden states (B, M, D) at the decoder tokens, ready for `logits`."""
-        y_BMD, visible = self._embed_targets(batch), self._decoder_visible(batch)
+        """Hidden states (B, M, D) at the decoder tokens, ready for `logits`; zero at padding."""
+        hidden, slots = self._decoded(batch, context)
+        whole = hidden.new_zeros(batch.dec_mod.numel(), hidden.shape[1])
+        return whole.index_copy(0, slots, hidden).view(*batch.dec_mod.shape, -1)
+
+    def _decoded(self, batch: MaskedBatch, context: Context) -> tuple[Tensor, Tensor]:
+        """Hidden states (T, D) of the real decoder tokens, and their places in the flat batch (T,)."""
+        order, groups, lengths = self._decoder_groups(batch)
+        device = batch.dec_mod.device
+        slots = torch.from_numpy(order).to(device)
+        own = Groups(groups, device)
+        cross = Groups([Group(n, m) for n, m in zip(lengths, context.lengths, strict=True)], device)
+        y_TD = self._embed_targets(batch, slots)
         for block in self.decoder:
-            y_BMD = block(y_BMD, context.tokens, visible, context.visible)
-        return self.decoder_norm(y_BMD)
+            y_TD = block(y_TD, context.tokens, own, cross)
+        return self.decoder_norm(y_TD), slots
 
     def logits(self, hidden: Tensor, modality: str) -> Tensor:
         """Scores (..., V) over the vocabulary of one output modality."""
@@ -201,8 +212,8 @@ class FourM(nn.Module):
         assert isinstance(embedding, TargetEmbedding)
         return embedding
 
-    def _embed_inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """Content and place of every encoder token, both (B, N, D), zero at padding."""
+    def _embed_inputs(self, batch: MaskedBatch, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Content and place (S, D) of the encoder tokens that are `real` (B, R+N); zero where there is none."""
         length = batch.enc_mod.shape[1]
         ids, positions = batch.enc_ids.flatten(), batch.enc_pos.flatten()
         content, place, order = [], [], []
@@ -220,12 +231,24 @@ class FourM(nn.Module):
                 content.append(embedding.content(ids_T))
             place.append(embedding.place(positions_T))
             order.append(index)
-        return self._scatter(content, order, batch.enc_mod), self._scatter(place, order, batch.enc_mod)
+        source = _source(order, batch.enc_mod)
+        first = self.mask_token.new_zeros(1, self.config.dim)
+        if registers := self.config.num_register_tokens:
+            # Rows 1 to R of the contents are the registers.
+            own = torch.arange(1, registers + 1, device=source.device).expand(len(source), registers)
+            content_source = torch.cat([own, torch.where(source > 0, source + registers, 0)], dim=1)
+            source = torch.cat([torch.zeros_like(own), source], dim=1)
+            return (
+                _rows([first, self.register_tokens[0], *content], content_source[real]),
+                _rows([first, *place], source[real]),
+            )
+        return _rows([first, *content], source[real]), _rows([first, *place], source[real])
 
-    def _embed_targets(self, batch: MaskedBatch) -> Tensor:
-        """Decoder inputs (B, M, D): previous id or mask token, plus place; zero at padding."""
+    def _embed_targets(self, batch: MaskedBatch, slots: Tensor) -> Tensor:
+        """Decoder inputs (T, D) at places of the flat batch: previous id or mask token, plus place."""
         ids, positions = batch.dec_ids.flatten(), batch.dec_pos.flatten()
-        tokens, order = [], []
+        first = self.mask_token.new_zeros(1, self.config.dim)
+        tokens, order = [first], []
         for name, index in _members(batch.dec_mod, batch.modalities):
             embedding = self._target(name)
             place = embedding.place(positions[index])
@@ -234,30 +257,25 @@ class FourM(nn.Module):
             else:
                 tokens.append(place + embedding.content(ids[index]))
             order.append(index)
-        return self._scatter(tokens, order, batch.dec_mod)
+        return _rows(tokens, _source(order, batch.dec_mod).flatten()[slots])
 
-    def _scatter(self, parts: list[Tensor], order: list[Tensor], modality: Tensor) -> Tensor:
-        # One concatenation and one gather: their backward is cheap, unlike a chain of in-place index writes.
-        zero = self.mask_token.new_zeros(1, self.config.dim)
-        rows = torch.cat([zero, *(part.to(zero.dtype) for part in parts)])
-        source = torch.zeros(modality.numel(), dtype=torch.int64, device=modality.device)
-        if order:
-            index = torch.cat(order)
-            source[index] = torch.arange(1, len(index) + 1, device=index.device)
-        return rows.index_select(0, source).view(*modality.shape, self.config.dim)
-
-    def _decoder_visible(self, batch: MaskedBatch) -> Tensor:
-        """Where a decoder query may look, (B, 1, M, M)."""
-        keys = torch.arange(batch.dec_mod.shape[1], device=batch.dec_mod.device)
-        if self.config.decoder_causal_mask:
-            visible = (keys[None, :] <= keys[:, None])[None]
-        else:
-            visible = keys < batch.dec_reach[:, :, None]
-        if self.config.decoder_sep_mask:
-            visible = visible & (batch.dec_mod[:, :, None] == batch.dec_mod[:, None, :])
-        else:
-            visible = visible & ((batch.dec_mod[:, None, :] >= 0) | (batch.dec_mod[:, :, None] < 0))
-        return visible[:, None]
+    def _decoder_groups(self, batch: MaskedBatch) -> tuple[NDArray[np.int64], list[Group], list[int]]:
+        """Places of the real decoder tokens in the flat batch, sample by sample and group by group; who sees whom;
+        and how many tokens each sample has.
+        """
+        modality, reach = batch.dec_mod.cpu().numpy(), batch.dec_reach.cpu().numpy()
+        order, groups, lengths = [np.empty(0, np.int64)], [], []
+        for sample, (mods, reaches) in enumerate(zip(modality, reach, strict=True)):
+            (real,) = np.nonzero(mods >= 0)
+            lengths.append(len(real))
+            parts = [real]
+            if self.config.decoder_sep_mask:
+                parts = [real[mods[real] == m] for m in dict.fromkeys(mods[real].tolist())]
+            for part in parts:
+                limit = part + 1 if self.config.decoder_causal_mask else reaches[part]
+                groups.append(Group.by_mask(part[None, :] < limit[:, None]))
+                order.append(sample * len(mods) + part)
+        return np.concatenate(order), groups, lengths
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -285,6 +303,20 @@ def _members(modality: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor]]
     flat = modality.flatten()
     found = [(name, (flat == m).nonzero().squeeze(1)) for m, name in enumerate(names)]
     return [(name, index) for name, index in found if len(index)]
+
+
+def _source(order: list[Tensor], modality: Tensor) -> Tensor:
+    """For each slot of `modality` (B, N) its row among the parts that `order` places, counted from 1; 0 is none."""
+    source = torch.zeros(modality.numel(), dtype=torch.int64, device=modality.device)
+    if order:
+        index = torch.cat(order)
+        source[index] = torch.arange(1, len(index) + 1, device=index.device)
+    return source.view(modality.shape)
+
+
+def _rows(parts: list[Tensor], index: Tensor) -> Tensor:
+    # One concatenation and one gather: their backward is cheap, unlike a chain of in-place index writes.
+    return torch.cat([part.to(parts[0].dtype) for part in parts]).index_select(0, index)
 
 
 def _total(losses: dict[str, Tensor], counts: dict[str, int], kind: str) -> Tensor:

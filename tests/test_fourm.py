@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from scipy import stats
 
-from model.blocks import attend
+from model.attention import attend
 from model.checkpoint import (
     config_from_ml4m,
     from_pretrained,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import attend
+from model.attention import attend
 
 M = TypeVar("M", bound=nn.Module)
 

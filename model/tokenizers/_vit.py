@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import attend
+from model.attention import attend
 
 _NAMED = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
