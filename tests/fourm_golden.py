@@ -1,6 +1,6 @@
 """Golden values of apple/ml-4m for the tests of the model and of masking, and the recipes both sides share.
 
-    python tests/fourm_golden.py <checkout of apple/ml-4m>     # rewrites tests/golden/fourm.npz, needs einops
+    python tests/fourm_golden.py <checkout of apple/ml-4m>     # rewrites tests/golden/fourm*.npz, needs einops
 
 The reference's fm.py and masking.py run unpatched; only packages beside them that need albumentations are replaced by
 the two names used of them, and random.sample, which fails on Python 3.11, keeps the order of the modalities: it decides
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden" / "fourm.npz"
+GRADIENTS = GOLDEN.with_name("fourm_gradients.npz")
 NUM_ENCODER, NUM_DECODER, NUM_DRAWS = 24, 24, 5000
 SIZE = {"dim": 32, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2}
 BIASED = {"qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True}
@@ -66,6 +67,15 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     seed = int(hashlib.sha256(shared.encode()).hexdigest()[:8], 16)
     drawn = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     return 1 + 0.2 * drawn if "norm" in name and name.endswith("weight") else 0.3 * drawn
+
+
+def sampled(name: str, gradient: np.ndarray) -> np.ndarray:
+    """What is kept of a gradient: its norm, its largest entry, its projection on a random direction, 48 entries."""
+    flat = gradient.astype(np.float64).reshape(-1)
+    rng = np.random.default_rng(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+    direction = rng.standard_normal(flat.size)
+    whole = [np.linalg.norm(flat), np.abs(flat).max(), flat @ direction / np.linalg.norm(direction)]
+    return np.concatenate([whole, flat[rng.integers(0, flat.size, 48)]])
 
 
 def is_free(name: str) -> bool:
@@ -163,7 +173,8 @@ def _masked_batch(masking) -> dict:
     }
 
 
-def _forward(fm, encoder, decoder, variant: str, batch: dict) -> dict[str, np.ndarray]:
+def _run(fm, encoder, decoder, variant: str, batch: dict, gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """State, losses and logits of the reference; its gradients go into `gradients`."""
     import torch
 
     enc = {
@@ -193,26 +204,35 @@ def _forward(fm, encoder, decoder, variant: str, batch: dict) -> dict[str, np.nd
         model.decoder_embeddings[name].to_logits.register_forward_hook(
             lambda _module, _inputs, scores, name=name: kept.__setitem__(name, scores)
         )
-    with torch.no_grad():
-        loss, losses = model({n: dict(d) for n, d in batch.items()}, NUM_ENCODER, NUM_DECODER)
-    out[f"{variant}/loss"] = loss.numpy()
+    loss, losses = model({n: dict(d) for n, d in batch.items()}, NUM_ENCODER, NUM_DECODER)
+    loss.backward()
+    out[f"{variant}/loss"] = loss.detach().numpy()
     for name in TARGETS:
-        out[f"{variant}/loss/{name}"] = losses[name].numpy()
-        out[f"{variant}/logits/{name}"] = kept[name].numpy()
+        out[f"{variant}/loss/{name}"] = losses[name].detach().numpy()
+        out[f"{variant}/logits/{name}"] = kept[name].detach().numpy()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[f"{variant}/{name}"] = sampled(name, parameter.grad.numpy()).astype(np.float32)
     return out
 
 
 def main(checkout: str) -> None:
+    import torch
+
     fm, masking, encoder, decoder = _reference(checkout)
     arrays = {f"counts/{name}": value for name, value in _statistics(masking).items()}
     batch = _masked_batch(masking)
     for name, masked in batch.items():
         stored = {key: value for key, value in masked.items() if name not in ("rgb@64",) or key != "tensor"}
         arrays |= {f"batch/{name}/{key}": value.numpy() for key, value in stored.items()}
+    gradients: dict[str, np.ndarray] = {}
     for variant in VARIANTS:
-        arrays |= _forward(fm, encoder, decoder, variant, batch)
+        arrays |= _run(fm, encoder, decoder, variant, batch, gradients)
     np.savez_compressed(GOLDEN, **arrays)
-    print(GOLDEN, GOLDEN.stat().st_size, "bytes")
+    note = f"apple/ml-4m FourM, torch {torch.__version__}, float32, mean over modalities; fourm_golden.sampled of each"
+    np.savez_compressed(GRADIENTS, note=note, **gradients)
+    for path in (GOLDEN, GRADIENTS):
+        print(path, path.stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,22 @@ def test_logits_and_losses_are_the_references(stored, variant, trim):
         np.testing.assert_allclose(out.losses[name], stored[f"{variant}/loss/{name}"].squeeze(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", golden.VARIANTS)
+def test_gradients_are_the_references(stored, variant):
+    model, batch = build(variant), reference_batch(stored)
+    model(batch).loss.backward()
+    ours = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    with np.load(golden.GRADIENTS, allow_pickle=False) as file:
+        wanted = {name.removeprefix(f"{variant}/"): file[name] for name in file.files if name.startswith(f"{variant}/")}
+    assert {id(ours[name]) for name in wanted} == {id(gradient) for gradient in ours.values()}
+    for name, theirs in wanted.items():
+        found = golden.sampled(name, ours[name].numpy())
+        # Relative to the largest entry; key biases have none but rounding.
+        scale = float(np.maximum(theirs[1], 1e-4 * max(value[1] for value in wanted.values())))
+        np.testing.assert_allclose(found[1:] / scale, theirs[1:] / scale, rtol=0, atol=1e-4, err_msg=name)
+        assert found[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-4 * scale), name
+
+
 def test_golden_batch_has_the_hard_cases(stored):
     """Padding on both sides, several modalities in the decoder, vectors with masked spans, wrapped positions."""
     batch = reference_batch(stored, trim=False)
