@@ -10,25 +10,61 @@ from numpy.typing import NDArray
 from model.spec import NUM_SENTINELS, SENTINEL_0
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_DECAY = 0.9  # of the keep probability, each time a masked sequence does not fit its budget
+_TRIES = 16  # at a time
 
 
-def mask_spans(ids: Ints, keep: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
+def fitting_keep(rng: np.random.Generator, units: int, lengths: Ints | None, budget: int, probability: float) -> Bools:
+    """Which of a sequence's ids are kept, each unit with one probability, such that kept ids and sentinels fit.
+
+    The probability decays until they do. `lengths`: ids of each unit; None: a unit is an id. Tries are drawn several at
+    a time, for each is as likely as if drawn alone.
+    """
+    tries = 1
+    while True:
+        shares = probability * _DECAY ** np.arange(tries)
+        kept = rng.random((tries, units)) < shares[:, None]
+        used = span_starts(kept)
+        if lengths is not None:
+            sizes = kept @ lengths + np.count_nonzero(used, axis=1)
+        else:
+            sizes = np.count_nonzero(kept, axis=1) + np.count_nonzero(used, axis=1)
+        first = int(np.argmax(sizes <= budget))
+        if sizes[first] <= budget:
+            return kept[first] if lengths is None else np.repeat(kept[first], lengths)
+        probability *= _DECAY**tries
+        tries = _TRIES
+
+
+def mask_inputs(ids: Ints, keep: Bools) -> Ints:
+    """The input ids of `mask_spans` alone."""
+    starts = span_starts(keep)
+    return np.where(keep, ids, SENTINEL_0 + np.cumsum(starts))[keep | starts]
+
+
+def mask_spans(ids: Ints, keep: Bools) -> tuple[Ints, Ints, Ints]:
     """Replace each run of masked ids by a sentinel, counted from [S_1].
 
     Returns the input ids, the target ids ([S_1] span [S_2] span ... and a closing sentinel), and where the targets'
     sentinels are.
     """
-    starts = span_starts(keep)
-    inputs = np.where(keep, ids, SENTINEL_0 + np.cumsum(starts))[keep | starts]
-    masked = ~keep
-    first = np.flatnonzero(starts[masked])
-    sentinels = np.append(first + np.arange(len(first)), masked.sum() + len(first))
-    targets = np.empty(int(sentinels[-1]) + 1, np.int64)
-    is_sentinel = np.zeros(len(targets), bool)
-    is_sentinel[sentinels] = True
-    targets[is_sentinel] = SENTINEL_0 + 1 + np.arange(len(sentinels))
-    targets[~is_sentinel] = ids[masked]
-    return inputs, targets, sentinels
+    return mask_inputs(ids, keep), *mask_targets(ids, keep)
+
+
+def mask_targets(ids: Ints, keep: Bools) -> tuple[Ints, Ints]:
+    """The target ids of `mask_spans` alone, and where their sentinels are."""
+    masked = np.flatnonzero(~keep)
+    # A span begins where a masked id does not follow the one before.
+    first = np.flatnonzero(np.diff(masked, prepend=-2) > 1)
+    sentinels = np.append(first, len(masked)) + np.arange(len(first) + 1)
+    targets = np.empty(len(masked) + len(sentinels), np.int64)
+    is_id = np.ones(len(targets), bool)
+    is_id[sentinels] = False
+    targets[sentinels] = np.arange(SENTINEL_0 + 1, SENTINEL_0 + 1 + len(sentinels))
+    targets[is_id] = ids[masked]
+    return targets, sentinels
 
 
 def merge_spans(inputs: Sequence[int], targets: Sequence[int]) -> list[int]:
@@ -61,8 +97,8 @@ def fit_target(rng: np.random.Generator, targets: Ints, sentinels: Ints, budget:
     return targets[start : start + budget]
 
 
-def span_starts(keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """True at the first masked id of each run of masked ids."""
+def span_starts(keep: Bools) -> Bools:
+    """True at the first masked id of each run of masked ids along the last axis."""
     starts = ~keep
-    starts[1:] &= keep[:-1]
+    starts[..., 1:] &= keep[..., :-1]
     return starts

@@ -37,8 +37,8 @@ def learned():
     pool = [mask_sample(rng, world(rng), SPECS, masking) for _ in range(8000)]
     model = FourM(dataclasses.replace(CONFIG, dim=64), SPECS, SPECS)
     steps = 500
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
     for _ in range(steps):
         batch = collate([pool[i] for i in rng.integers(0, len(pool), 48)], SPECS, 16, 16)
         model(batch).loss.backward()

@@ -82,7 +82,7 @@ def test_all_zero_concentrations_split_evenly_as_in_ml4m():
 def test_dirichlet_marginal_is_a_beta(alpha):
     from scipy import stats
 
-    draws = dirichlet(np.random.default_rng(1), np.full(5, alpha), 4000)
+    draws = dirichlet(np.random.default_rng(1), np.full((4000, 5), alpha))
     np.testing.assert_allclose(draws.sum(axis=1), 1, rtol=1e-5)
     assert stats.kstest(draws[:, 2].astype(np.float64), stats.beta(alpha, 4 * alpha).cdf).pvalue > 1e-3
 
