@@ -48,12 +48,12 @@ def select(
     needs = plan.needs(specs)
     for m, spec in enumerate(specs):
         rows: list[int] = np.flatnonzero(needs[:, m]).tolist()
-        for b in rows:
-            if samples[b].get(spec.name) is None:
-                raise ValueError(f"{spec.name} of sample {b} has a budget and no value")
         if not rows:
             continue
-        values = [samples[b][spec.name] for b in rows]
+        values = [samples[b].get(spec.name) for b in rows]
+        for b, value in zip(rows, values, strict=True):
+            if value is None:
+                raise ValueError(f"{spec.name} of sample {b} has a budget and no value")
         num_in, num_out = plan.inputs[rows, m], plan.targets[rows, m]
         if spec.is_grid:
             _grids(rng, spec, m, np.array(rows), values, num_in, num_out, encoder, decoder)
@@ -130,7 +130,9 @@ def prepared(spec: ModalitySpec, value: Any) -> tuple[Ints, Ints | None]:
     if spec.kind == "embeddings":
         return np.arange(min(len(value), spec.max_tokens)), None
     if not spec.chunked:
-        return np.array([*value[: spec.max_tokens], EOS][: spec.max_tokens], np.int64), None
+        ids = np.full(min(len(value) + 1, spec.max_tokens), EOS, np.int64)
+        ids[: len(value)] = value[: len(ids)]
+        return ids, None
     chunks = [*(chunk for chunk in value if len(chunk)), [EOS]]
     sizes = np.array([len(chunk) for chunk in chunks], np.int64)
     sizes = sizes[np.cumsum(sizes) <= spec.max_tokens]
