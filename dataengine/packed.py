@@ -12,7 +12,6 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataengine import _packing, modalities
+from dataengine import _packed_rows, _packing, modalities
 from dataengine.modalities import TextLike
 
 FORMAT = 2
 _METADATA = b"dataengine.tokens"
 _BLOCK = 1 << 22
 _SHA256 = re.compile(r"([0-9a-f]{64})?")
-
-Draws = dict[str, float]
-"""Uniform numbers in 0..1 that columns of one `draw` share, within one read of one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +224,8 @@ class Packed:
         except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         self.columns = {c.name: c for c in columns}
-        self._readers: dict[str, _Reader] = {}
+        self._readers: dict[str, _packed_rows.Reader] = {}
+        self._tables: dict[tuple[str, ...], np.ndarray] = {}
 
     def __reduce__(self) -> tuple[type[Packed], tuple[str]]:
         return Packed, (self.path,)
@@ -256,88 +253,40 @@ class Packed:
             raise IndexError(
                 f"row {index} under crop {chosen}: {self.path} has {len(self)} rows, {self.num_crops} crops"
             )
-        draws: Draws = {}
+        draws: _packed_rows.Draws = {}
         readers = self._readers
         out: dict[str, Any] = {}
         for name in names:
             reader = readers.get(name)
             if reader is None:
-                reader = readers[name] = self._reader(name)
+                reader = readers[name] = _packed_rows.reader(
+                    self.columns[name], self._table.column(name), self.num_crops
+                )
             out[name] = reader(index, chosen, rng, draws)
         return out
 
-    def _reader(self, name: str) -> _Reader:
-        column, values = self.columns[name], self._table.column(name)
-        make = _dense_reader if column.kind in ("tokens", "pixels") else _variants_reader
-        read = make(column, values, self.num_crops)
-        if not values.null_count:
-            return read
-        valid: list[bool] = values.is_valid().to_pylist()
-        return lambda index, crop, rng, draws: read(index, crop, rng, draws) if valid[index] else None
+    def present(self, names: Sequence[str]) -> np.ndarray:
+        """bool (rows, names), read-only: where `row` gives a value, known without reading any.
 
+        Of a row with embeddings of several captions, some of which are empty, an empty one may be drawn all the same.
+        """
+        return self._known(_packed_rows.present, np.bool_, names)
 
-_Reader = Callable[[int, int, np.random.Generator, Draws], Any]
+    def lengths(self, names: Sequence[str]) -> np.ndarray:
+        """int32 (rows, names), read-only: what `row` gives at most: ids, rows of embeddings, pixels; 0 where nothing.
 
+        Known without reading values, and exact where a row has one variant (or one a crop of equal lengths) that is
+        read as it lies there. What a modality draws by an `assemble` of its own (poses, SAM instances) is only known
+        when it is drawn: it counts as `max_tokens`, the most there can be.
+        """
+        return self._known(_packed_rows.lengths, np.int32, names)
 
-def _dense_reader(column: Column, values: pa.FixedSizeListArray, num_crops: int) -> _Reader:
-    shape = (-1,) if column.kind == "tokens" else (column.side, column.side, 3)
-    view = values.values.to_numpy(zero_copy_only=True).reshape(len(values), num_crops, *shape)
-    if column.kind == "tokens":
-        return lambda index, crop, rng, draws: view[index, crop].astype(np.int64)
-    return lambda index, crop, rng, draws: view[index, crop]
-
-
-def _variants_reader(column: Column, values: pa.ListArray, num_crops: int) -> _Reader:
-    variants, pieces = _offsets(values), _offsets(values.values)
-    read = (_rows if column.kind == "embeddings" else _pieces)(column, values.values.values)
-    by_crop, shared = column.choice == "crop", column.draw
-
-    def reader(index: int, crop: int, rng: np.random.Generator, draws: Draws) -> Any:
-        first = variants[index]
-        count = variants[index + 1] - first
-        if not count:
-            return None
-        if by_crop:
-            if crop >= count:
-                raise ValueError(f"{column.name}: {count} variants in row {index}, expected {num_crops}")
-            place = first + crop
-        elif not shared:
-            place = first + int(rng.random() * count)
-        else:
-            if shared not in draws:
-                draws[shared] = rng.random()
-            place = first + int(draws[shared] * count)
-        return read(pieces[place], pieces[place + 1], rng)
-
-    return reader
-
-
-def _rows(column: Column, rows: pa.FixedSizeListArray) -> Callable[[int, int, np.random.Generator], Any]:
-    view = rows.values.to_numpy(zero_copy_only=True).reshape(-1, column.dim)
-    return lambda start, stop, rng: view[start:stop] if stop > start else None
-
-
-def _pieces(column: Column, lists: pa.ListArray) -> Callable[[int, int, np.random.Generator], Any]:
-    ends, flat = _offsets(lists), _view(lists.values.buffers()[1], "H")
-    codec, chunked, most = column.source, column.chunked, column.max_tokens
-    assemble = codec.assemble
-    if not chunked and not codec.shuffle and type(codec).assemble is TextLike.assemble:
-        # Nothing to draw: the pieces of a variant lie one after the other as they are read.
-        return lambda start, stop, rng: flat[ends[start] : ends[stop]][:most].tolist()
-
-    def read(start: int, stop: int, rng: np.random.Generator) -> list[Any]:
-        # Views of pieces, not lists of them: what is not read, and what is only reckoned with, costs nothing.
-        parts = assemble([flat[a:b] for a, b in pairwise(ends[start : stop + 1].tolist())], rng)
-        lists = [part.tolist() if type(part) is memoryview else list(part) for part in parts]
-        return lists if chunked else list(islice(chain.from_iterable(lists), most))
-
-    return read
-
-
-def _offsets(lists: pa.ListArray) -> memoryview:
-    # Not `.offsets`, and not numpy: the items of a view of memory are Python's own, at a third of the time.
-    return _view(lists.buffers()[1], "i")
-
-
-def _view(buffer: pa.Buffer | None, kind: str) -> memoryview:
-    return memoryview(buffer or b"").cast("B").cast(kind)  # type: ignore[call-overload]
+    def _known(self, what: Callable[..., np.ndarray], dtype: type[np.generic], names: Sequence[str]) -> np.ndarray:
+        place = (what.__name__, *names)
+        if place not in self._tables:
+            found = np.empty((len(self), len(names)), dtype)
+            for i, name in enumerate(names):
+                found[:, i] = what(self.columns[name], self._table.column(name))
+            found.flags.writeable = False
+            self._tables[place] = found
+        return self._tables[place]

@@ -260,3 +260,33 @@ def test_what_others_have_made_is_held_to_the_format() -> None:
     assert packed.check(data) == ("k", "l")
     with pytest.raises(ValueError, match="det: 1 variants in a row, expected one for each of 2 crops"):
         packed.check(changed(data, {}, {"choice": "crop"}))
+
+
+def test_presence_and_lengths_are_known_without_reading(tmp_path: Path) -> None:
+    shard, _ = written(tmp_path)
+    rng = np.random.default_rng(4)
+    there, lengths = shard.present(NAMES), shard.lengths(NAMES)
+    assert there.dtype == np.bool_
+    assert there.tolist() == [[shard.row(i, rng, NAMES)[n] is not None for n in NAMES] for i in range(3)]
+    assert lengths.dtype == np.int32
+    assert lengths.tolist() == [[4, 256, 6, 2, 1, 3], [0, 256, 2, 1, 1, 0], [4, 256, 0, 3, 0, 2]]
+    assert shard.present(NAMES) is there
+    assert shard.present(NAMES[::-1]).tolist() == there[:, ::-1].tolist()
+    assert shard.present([]).shape == (3, 0)
+    assert not there.flags.writeable
+    with pytest.raises(KeyError, match="depth"):
+        shard.present(["depth"])
+
+
+def test_what_is_assembled_counts_as_the_most_and_shards_of_nothing_have_no_lengths(tmp_path: Path) -> None:
+    poses = Column(name="human_poses", kind="sequence", max_tokens=275, codec="human_poses_tokens")
+    path = tmp_path / "poses.arrow"
+    path.write_bytes(packed.write([poses], 1, ["a", "b"], {"human_poses": [None, [[[1]] * 5]]}))
+    assert Packed(path).lengths(["human_poses"]).tolist() == [[0], [275]]
+    path = tmp_path / "none.arrow"
+    path.write_bytes(packed.write(COLUMNS, 2, [], {n: [] for n in NAMES}))
+    assert Packed(path).present(NAMES).shape == Packed(path).lengths(NAMES).shape == (0, 6)
+    path = tmp_path / "null.arrow"
+    path.write_bytes(packed.write(COLUMNS, 2, ["a"], {n: [None] for n in NAMES}))
+    assert not Packed(path).present(NAMES).any()
+    assert not Packed(path).lengths(NAMES).any()
