@@ -81,7 +81,7 @@ ALLOWED = {
     ("labelers/_checkpoints.py", "pickle.Unpickler"): "builds arrays alone, all else is refused",
     ("labelers/_networks.py", "importlib.import_module"): "a package that a labeler names",
     ("model/snapshots.py", "torch.load"): "weights_only",
-    ("model/tokenizers/_legacy.py", "torch.load"): "weights_only, and argparse.Namespace",
+    ("model/trainer_files.py", "torch.load"): "weights_only, argparse.Namespace and numbers of numpy",
     ("pipelines/config.py", "importlib.import_module"): "a recipe of our own folder",
     ("pipelines/config.py", "made.loader.exec_module"): "the user's own recipe, named on the command line",
     ("pipelines/config.py", "yaml.safe_load"): "safe",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -213,7 +214,8 @@ def trained(model: VQVAE, **more: Any) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("out_conv", "undo_std")},
         **more,
     }
-    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]}
+    groups = [{"lr": np.float64(1e-4), "betas": (0.9, 0.99)}]  # its schedule is an array of numpy
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": groups}
     average = {
         name: value + 1 if name == "post_quant_proj.bias" else value for name, value in model.state_dict().items()
     }

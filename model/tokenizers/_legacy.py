@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from model import domains
+from model import domains, trainer_files
 from model.domains import Domain
 
 _RENAMED = {
@@ -30,29 +26,10 @@ _RENAMED = {
 def read(path: Path, *, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings under their names in newer files, and weights: `model`, or `model_ema` if averaged ones are asked for.
 
-    Nothing of a file is run: it is unpickled with weights_only, which here knows one class more, argparse.Namespace.
-    ValueError where it holds anything else.
+    ValueError where a file holds anything but weights and arguments (`trainer_files.read`).
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-        expected = "expected tensors, numbers, texts and an argparse.Namespace alone"
-        raise ValueError(f"{path} is not read: {expected} (weights_only): {error}") from error
-    wanted = "model_ema" if ema else "model"
-    keys = sorted(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
-    if not isinstance(whole, dict) or not {wanted, "args"} <= whole.keys():
-        raise ValueError(f"{path}: found {keys}, expected {wanted!r} and 'args', as ml-4m's trainer writes them")
-    tensors, args = whole[wanted], whole["args"]
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    if not isinstance(args, Mapping) or not isinstance(tensors, Mapping):
-        raise ValueError(f"{path}: expected weights and arguments by name, got {type(tensors)} and {type(args)}")
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(
-            f"{path}: expected tensors in {wanted!r}, got {sorted({type(v).__name__ for v in tensors.values()})}"
-        )
-    return _settings(args, tensors), dict(tensors)
+    args, tensors = trainer_files.read(path, "model_ema" if ema else "model")
+    return _settings(args, tensors), tensors
 
 
 def _settings(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
