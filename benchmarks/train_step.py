@@ -3,11 +3,11 @@
 python -m benchmarks.train_step [--quick] [--reference DIR] [--json]
 
 The modalities of 4M-21, budgets of 256 input and 256 target tokens, all values synthetic, all weights random and the
-same on both sides. `real` is the share of slots that hold a token. Ours takes a step as the training loop does: forward,
-backward, norm and clipping of the gradient, fused AdamW. With `--reference`, a checkout of apple/ml-4m (which needs
-einops), the other side is its model on full-length inputs, its order of work in a step and the AdamW it uses. Each side
-runs in a process of its own. `loss_difference` is relative, of the first step, before any update: it says that both
-compute the same. `--quick` is the tiny size at batch 2 on one thread.
+same on both sides. `real` is the share of slots that hold a token. Ours takes a step as the training loop does:
+forward, backward, norm and clipping of the gradient, fused AdamW. With `--reference`, a checkout of apple/ml-4m
+(which needs einops), the other side is its model on full-length inputs, its order of work in a step and the AdamW it
+uses. Each side runs in a process of its own. `loss_difference` is relative, of the first step, before any update: it
+says that both compute the same. `--quick` is the tiny size at batch 2 on one thread.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _as_reference(batch: MaskedBatch, specs: list[ModalitySpec]) -> dict[str, An
     size, found = len(batch.enc_mod), {}
     for m, spec in enumerate(specs):
         length = spec.max_tokens if spec.is_grid else 2 * (spec.max_tokens + 1)
-        shape = (size, length, spec.dim_in) if spec.kind == "embeddings" else (size, length)
-        tensor = torch.zeros(shape, dtype=torch.float32 if spec.kind == "embeddings" else torch.int64)
+        width = {"embeddings": spec.dim_in, "pixels": spec.channels * spec.patch_size**2}.get(spec.kind)
+        tensor = torch.zeros(size, length, width) if width else torch.zeros(size, length, dtype=torch.int64)
         inputs, targets = torch.ones(2, size, length, dtype=torch.bool).unbind(0)
         reach = torch.zeros(size, length, dtype=torch.int64)
         for i in range(size):
@@ -215,10 +215,11 @@ def _as_reference(batch: MaskedBatch, specs: list[ModalitySpec]) -> dict[str, An
             ids = batch.enc_ids[i, enc]
             at = batch.enc_pos[i, enc] if spec.is_grid else torch.arange(len(enc))
             inputs[i, at] = False
-            if spec.kind == "embeddings" and len(enc):
-                tensor[i, at] = batch.embeddings[spec.name][i, ids.clamp(min=0)] * (ids >= 0)[:, None]
-            elif spec.kind in ("tokens", "sequence"):
+            if not width:
                 tensor[i, at] = ids
+            elif len(enc):
+                rows = (batch.pixels if spec.kind == "pixels" else batch.embeddings)[spec.name]
+                tensor[i, at[ids >= 0]] = rows[ids[ids >= 0]]
             if not len(dec):
                 continue
             ids, to = batch.dec_targets[i, dec], batch.dec_pos[i, dec]
@@ -228,8 +229,10 @@ def _as_reference(batch: MaskedBatch, specs: list[ModalitySpec]) -> dict[str, An
             targets[i, to] = False
             tensor[i, to] = ids
             reach[i, to[:1] if spec.is_grid else to] = len(dec) if spec.is_grid else 1
-        if spec.kind == "pixels":
-            tensor = batch.pixels.get(spec.name, torch.zeros(size, 3, 224, 224))
+        if spec.kind == "pixels":  # patches not among the inputs, which nothing looks at, are zero
+            patch, side = spec.patch_size, spec.side
+            grid = tensor.view(size, side, side, patch, patch, spec.channels).permute(0, 5, 1, 3, 2, 4)
+            tensor = grid.reshape(size, spec.channels, side * patch, side * patch)
         found[spec.name] = {
             "tensor": tensor, "input_mask": inputs, "target_mask": targets, "decoder_attention_mask": reach,
         }  # fmt: skip

@@ -12,23 +12,20 @@ from typing import Any
 import numpy as np
 
 from dataengine.packed import Column, Packed
+from model.embeddings import RGB_MEAN, RGB_STD
 from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
 from model.spec import ModalitySpec
-
-# ImageNet statistics of images in 0..1: what ml-4m feeds the model with.
-RGB_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-RGB_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
     """uint8 (..., h, w, 3) to float32 (..., 3, h, w) with ImageNet's mean and deviation."""
-    scaled = (pixels.astype(np.float32) / 255 - RGB_MEAN) / RGB_STD
+    scaled = (pixels.astype(np.float32) / 255 - np.array(RGB_MEAN, np.float32)) / np.array(RGB_STD, np.float32)
     return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
 
 def spec_of(column: Column, patch_size: int) -> ModalitySpec:
     """The model's view of a packed column; `patch_size` is used for pixels."""
-    if column.kind == "pixels":
+    if column.kind == "pixels" or column.kind == "images":
         side, rest = divmod(column.side, patch_size)
         if rest:
             raise ValueError(f"{column.name}: {column.side} pixels are no multiple of the patch size {patch_size}")
@@ -108,6 +105,6 @@ class TokenBatches:
         names = [s.name for s in self.specs if s.name in shard.columns]
         row = shard.row(index - (ends[place] - len(shard)), rng, names)
         return {
-            name: normalised(value) if value is not None and shard.columns[name].kind == "pixels" else value
+            name: normalised(value) if value is not None and shard.columns[name].kind in ("pixels", "images") else value
             for name, value in row.items()
         }

@@ -12,6 +12,11 @@ from model.spec import PAD, ModalitySpec
 NUM_SEQUENCE_POSITIONS = 512
 
 
+# ImageNet statistics of images in 0..1: what ml-4m feeds the model with.
+RGB_MEAN = (0.485, 0.456, 0.406)
+RGB_STD = (0.229, 0.224, 0.225)
+
+
 def sincos_1d(num: int, dim: int) -> Tensor:
     """Fixed positions (1, num, dim): [sin(n w) | cos(n w)], w_i = 10000**(-2i/dim) (Vaswani et al. 2017)."""
     angles = torch.arange(num, dtype=torch.float32)[:, None] * _frequencies(dim // 2)
@@ -75,19 +80,23 @@ class TargetEmbedding(IdEmbedding):
 
 
 class PixelEmbedding(Embedding):
-    """A linear map of patches, flattened as row, column, channel."""
+    """A linear map of patches, flattened as row, column, channel; uint8 are normalised with ImageNet's statistics."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, spec: ModalitySpec, dim: int) -> None:
         super().__init__(spec, dim)
+        for name, values in (("mean", RGB_MEAN), ("std", RGB_STD)):
+            self.register_buffer(name, 255 * torch.tensor(values).repeat(spec.patch_size**2), persistent=False)
         self.proj = nn.Linear(spec.channels * spec.patch_size**2, dim, bias=False)
 
-    def content(self, pixels: Tensor, samples_T: Tensor, positions_T: Tensor) -> Tensor:
-        """(T, D) of the named patches of `pixels` (B, C, H, W); no other patch is touched."""
-        size, side = self.spec.patch_size, self.spec.side
-        batch, channels = pixels.shape[:2]
-        grid = pixels.reshape(batch, channels, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
-        patches = grid[samples_T, positions_T // side, positions_T % side]
-        return self.proj(patches.reshape(len(samples_T), -1))
+    def content(self, patches: Tensor, rows_T: Tensor) -> Tensor:
+        """(T, D) of the named rows of `patches` (K, p*p*C): uint8, or float that is normalised already."""
+        chosen = patches.index_select(0, rows_T)
+        if chosen.dtype == torch.uint8:
+            chosen = (chosen - self.mean) / self.std
+        return self.proj(chosen)
 
 
 class VectorEmbedding(Embedding):
@@ -97,10 +106,11 @@ class VectorEmbedding(Embedding):
         super().__init__(spec, dim)
         self.emb_proj = nn.Linear(spec.dim_in, dim)
 
-    def content(self, vectors: Tensor, samples_T: Tensor, rows_T: Tensor) -> Tensor:
-        """(T, D) of the named rows of `vectors` (B, L, dim_in); row -1 is a masked span."""
-        chosen = vectors[samples_T, rows_T.clamp(min=0)]
-        return self.emb_proj(chosen * (rows_T >= 0)[:, None])
+    def content(self, vectors: Tensor, rows_T: Tensor) -> Tensor:
+        """(T, D) of the named rows of `vectors` (K, dim_in); row -1 is a masked span."""
+        mapped = self.emb_proj(vectors.to(self.emb_proj.weight.dtype))
+        masked = self.emb_proj.bias[None].to(mapped.dtype)  # what the zero vector is mapped to
+        return torch.cat([masked, mapped]).index_select(0, rows_T + 1)
 
 
 def encoder_embedding(spec: ModalitySpec, dim: int) -> Embedding:

@@ -214,18 +214,17 @@ class FourM(nn.Module):
 
     def _embed_inputs(self, batch: MaskedBatch, real: Tensor) -> tuple[Tensor, Tensor]:
         """Content and place (S, D) of the encoder tokens that are `real` (B, R+N); zero where there is none."""
-        length = batch.enc_mod.shape[1]
         ids, positions = batch.enc_ids.flatten(), batch.enc_pos.flatten()
         content, place, order = [], [], []
         for name, index in _members(batch.enc_mod, batch.modalities):
             if name not in self.encoder_embeddings:
                 raise ValueError(f"{name}: not an input, expected one of {sorted(self.encoder_embeddings)}")
             embedding = self.encoder_embeddings[name]
-            ids_T, positions_T, samples_T = ids[index], positions[index], index // length
+            ids_T, positions_T = ids[index], positions[index]
             if isinstance(embedding, PixelEmbedding):
-                content.append(embedding.content(batch.pixels[name], samples_T, positions_T))
+                content.append(embedding.content(batch.pixels[name], ids_T))
             elif isinstance(embedding, VectorEmbedding):
-                content.append(embedding.content(batch.embeddings[name], samples_T, ids_T))
+                content.append(embedding.content(batch.embeddings[name], ids_T))
             else:
                 assert isinstance(embedding, IdEmbedding)
                 content.append(embedding.content(ids_T))

@@ -61,8 +61,9 @@ def generate(
     """Generate the targets of `steps` in order; tokens come back int64 (B, n), sequences as lists of ids.
 
     conditions[name]: tokens (B, n), -1 where a token is not given; sequence: B lists of ids (None: not given), no EOS;
-    pixels float32 (B, C, H, W); embeddings float32 (B, L, dim_in). Every sample has a random stream of its own, made
-    from `seed` and its index (or from its own seed, if one is given for each): the batch around it has no influence.
+    pixels float32 (B, C, H, W), normalised; embeddings float32 (B, L, dim_in). Every sample has a random stream of its
+    own, made from `seed` and its index (or from its own seed, if one is given for each): the batch around it has no
+    influence.
     """
     state = _State(model, conditions)
     seeds = [_mix(seed, i) for i in range(state.size)] if isinstance(seed, int) else list(seed)
@@ -109,7 +110,12 @@ class _State:
             if tokens.shape[1] != spec.max_tokens:
                 raise ValueError(f"{spec.name}: {tokens.shape[1]} tokens, expected {spec.max_tokens}")
             return tokens
-        return torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        dense = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        if spec.kind == "embeddings":
+            return dense.flatten(0, 1)
+        size, side = spec.patch_size, spec.side
+        grid = dense.reshape(self.size, spec.channels, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
+        return grid.reshape(self.size * spec.max_tokens, -1)
 
     def context(self, opened: ModalitySpec, dropped: frozenset[str] = frozenset()) -> Context:
         """Encode everything but `dropped`; a sequence that is dropped or being written shows as one masked span."""
@@ -141,8 +147,7 @@ class _State:
             return None
         if spec.kind == "tokens":
             return value.clamp(min=0), value >= 0
-        num = spec.max_tokens if spec.kind == "pixels" else value.shape[1]
-        rows = torch.arange(num, device=self.device).expand(self.size, num)
+        rows = torch.arange(len(value), device=self.device).view(self.size, -1)
         return rows, torch.ones_like(rows, dtype=torch.bool)
 
     def _padded(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ from model.budgets import (
     draw,
     token_budget,
 )
-from model.selection import Dense, prepared, select, within
+from model.dense import Dense, gather
+from model.selection import prepared, select, within
 from model.spec import ModalitySpec
 
 __all__ = [
@@ -57,7 +58,10 @@ _DECODER: tuple[str, ...] = ("dec_ids", "dec_mod", "dec_pos", "dec_targets", "de
 
 @dataclass(frozen=True)
 class MaskedSample:
-    """The kept tokens of one sample, flat; see `MaskedBatch` for the meaning of each."""
+    """The kept tokens of one sample, flat; see `MaskedBatch` for the meaning of each.
+
+    `dense` has the whole values of pixels and embeddings; enc_ids are rows of its embeddings, unused for pixels.
+    """
 
     enc_ids: Ints
     enc_mod: Ints
@@ -67,18 +71,19 @@ class MaskedSample:
     dec_pos: Ints
     dec_targets: Ints
     dec_reach: Ints
-    dense: dict[str, NDArray[np.float32]]
+    dense: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class MaskedBatch:
     """Kept tokens of B samples, flat over modalities: N encoder and M decoder tokens, padded at the end.
 
-    enc_mod, dec_mod: index into `modalities`, -1 is padding. enc_ids: token id; row of `embeddings`, or -1 for a masked
-    span of it; unused for pixels. enc_pos, dec_pos: place on the grid, or rank in the masked sequence. dec_ids: input
-    id, -1 is the mask token. dec_targets: id to predict. dec_reach: query i sees key j of its modality iff
-    j < reach[i].
-    pixels[m]: float32 (B, C, H, W). embeddings[m]: float32 (B, L, dim_in). All other tensors int64.
+    enc_mod, dec_mod: index into `modalities`, -1 is padding. enc_ids: token id; row of `pixels` or `embeddings`, where
+    -1 is a masked span. enc_pos, dec_pos: place on the grid, or rank in the masked sequence. dec_ids: input id, -1 is
+    the mask token. dec_targets: id to predict. dec_reach: query i sees key j of its modality iff j < reach[i].
+    pixels[m]: (K, p*p*C), the K patches that are inputs, flattened as row, column, channel: uint8, or float32 already
+    normalised with ImageNet's statistics. embeddings[m]: float32 or float16 (K, dim_in), the K vectors that are inputs.
+    All other tensors int64.
     """
 
     modalities: tuple[str, ...]
@@ -139,8 +144,8 @@ def mask_sample(
 ) -> MaskedSample:
     """Draw budgets, then which tokens of `sample` are inputs and which are targets.
 
-    sample[name]: tokens int (n,); sequence list of ids without EOS, or list of lists if chunked; pixels float32
-    (C, H, W); embeddings float32 (rows, dim_in). None or missing: absent, it takes no budget.
+    sample[name]: tokens int (n,); sequence list of ids without EOS, or list of lists if chunked; pixels uint8 (H, W, C)
+    or float32 (C, H, W), normalised; embeddings float (rows, dim_in). None or missing: absent, it takes no budget.
     """
     sizes = lengths(specs, [sample]) if config.redistribute else None
     plan = draw(rng, specs, config, present(specs, [sample]), sizes)
@@ -201,37 +206,28 @@ def _batch(
     num_decoder: int,
     trim: bool,
 ) -> MaskedBatch:
-    padded: dict[str, torch.Tensor] = {}
-    for names, row, length in ((_ENCODER, enc_row, num_encoder), (_DECODER, dec_row, num_decoder)):
+    padded: dict[str, Ints] = {}
+    for columns, row, length in ((_ENCODER, enc_row, num_encoder), (_DECODER, dec_row, num_decoder)):
         counts = np.bincount(row, minlength=size)
         if trim:
             length = max(1, min(length, int(counts.max())))
         column = within(counts)
         fits = column < length
         place = (row * length + column)[fits]
-        for name in names:
+        for name in columns:
             # Padding sees padding (reach = length), so that no row of an attention mask is empty.
             fill = {"enc_mod": -1, "dec_mod": -1, "dec_reach": length}.get(name, 0)
             rows = np.full(size * length, fill, np.int64)
             rows[place] = flat[name][fits]
-            padded[name] = torch.from_numpy(rows.reshape(size, length))
-    pixels: dict[str, torch.Tensor] = {}
-    embeddings: dict[str, torch.Tensor] = {}
-    for spec in specs:
+            padded[name] = rows.reshape(size, length)
+    held: dict[str, dict[str, torch.Tensor]] = {"pixels": {}, "embeddings": {}}
+    for m, spec in enumerate(specs):
         if spec.name in dense:
-            stacked = torch.from_numpy(_stack_dense(spec, dense[spec.name], size))
-            (pixels if spec.kind == "pixels" else embeddings)[spec.name] = stacked
+            where = np.nonzero(padded["enc_mod"] == m)
+            found, padded["enc_ids"][where] = gather(
+                spec, dense[spec.name], where[0], padded["enc_pos"][where], padded["enc_ids"][where]
+            )
+            held[spec.kind][spec.name] = torch.from_numpy(found)
+    tensors = {name: torch.from_numpy(values) for name, values in padded.items()}
     names = tuple(spec.name for spec in specs)
-    return MaskedBatch(modalities=names, pixels=pixels, embeddings=embeddings, **padded)
-
-
-def _stack_dense(spec: ModalitySpec, values: Sequence[tuple[int, Any]], size: int) -> NDArray[np.float32]:
-    if spec.kind == "pixels":
-        side = spec.side * spec.patch_size
-        stacked = np.zeros((size, spec.channels, side, side), np.float32)
-    else:
-        stacked = np.zeros((size, spec.max_tokens, spec.dim_in), np.float32)
-    for b, value in values:
-        rows = value if spec.kind == "pixels" else value[: spec.max_tokens]
-        stacked[b, : len(rows)] = rows
-    return stacked
+    return MaskedBatch(modalities=names, pixels=held["pixels"], embeddings=held["embeddings"], **tensors)

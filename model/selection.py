@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.budgets import Ints, Keep, MaskingConfig, Plan
+from model.dense import Dense, check_image
 from model.spans import fit_target, fitting_keep, mask_inputs, mask_targets, span_starts
 from model.spec import EOS, ModalitySpec
-
-Dense = dict[str, list[tuple[int, Any]]]
-"""By modality, (row of the batch, value) of pixels and embeddings that have any input."""
 
 _EMPTY: Ints = np.empty(0, np.int64)
 
@@ -50,7 +48,7 @@ def select(
         rows: list[int] = np.flatnonzero(needs[:, m]).tolist()
         if not rows:
             continue
-        values = [samples[b].get(spec.name) for b in rows]
+        values: list[Any] = [samples[b].get(spec.name) for b in rows]
         for b, value in zip(rows, values, strict=True):
             if value is None:
                 raise ValueError(f"{spec.name} of sample {b} has a budget and no value")
@@ -118,10 +116,8 @@ def _stack_tokens(spec: ModalitySpec, values: Sequence[Any]) -> NDArray[Any]:
 
 
 def _check_pixels(spec: ModalitySpec, values: Sequence[Any]) -> NDArray[Any]:
-    side = spec.side * spec.patch_size
     for value in values:
-        if value.shape != (spec.channels, side, side):
-            raise ValueError(f"{spec.name}: pixels {value.shape}, expected {(spec.channels, side, side)}")
+        check_image(spec, value)
     return np.broadcast_to(np.int64(0), (len(values), spec.max_tokens))
 
 

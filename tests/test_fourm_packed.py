@@ -90,12 +90,11 @@ def padded_loss(model, batch):
         if name == "zero":
             return zero
         embedding = model.encoder_embeddings[name]
-        where = torch.tensor([sample])
-        ids, positions = batch.enc_ids[sample, slot][None], batch.enc_pos[sample, slot][None]
+        ids = batch.enc_ids[sample, slot][None]
         if embedding.spec.kind == "pixels":
-            return embedding.content(batch.pixels[name], where, positions)[0]
+            return embedding.content(batch.pixels[name], ids)[0]
         if embedding.spec.kind == "embeddings":
-            return embedding.content(batch.embeddings[name], where, ids)[0]
+            return embedding.content(batch.embeddings[name], ids)[0]
         return embedding.content(ids)[0]
 
     def place(name, sample=0, slot=0):

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.dense import patches
+from model.embeddings import RGB_MEAN, RGB_STD, PixelEmbedding
 from model.masking import MaskingConfig, MixtureComponent, collate, dirichlet, mask_sample, token_budget
 from model.spans import fit_target, mask_spans, merge_spans
 from model.spec import EOS, ModalitySpec
@@ -182,20 +184,59 @@ def test_collate_pads_trims_and_cuts():
     assert batch.enc_ids.shape == (4, longest)
     assert batch.enc_ids.dtype == torch.int64
     assert (batch.enc_mod >= 0).sum(1).tolist() == [len(s.enc_ids) for s in samples]
-    assert batch.pixels["rgb@64"].shape == (4, 3, 64, 64)
-    assert batch.embeddings["t5"].shape == (4, 6, 4)
+    for m, kind, spec in ((2, batch.pixels, RGB), (3, batch.embeddings, T5)):
+        ids = batch.enc_ids[batch.enc_mod == m]
+        width = 3 * 16**2 if spec is RGB else 4
+        assert kind[spec.name].shape == ((ids >= 0).sum(), width)
+        assert ids[ids >= 0].tolist() == list(range(len(kind[spec.name])))
     static = collate(samples, SPECS, 64, 5, trim=False)
     assert (static.enc_ids.shape, static.dec_ids.shape) == ((4, 64), (4, 5))
     assert (static.dec_reach[static.dec_mod < 0] == 5).all()
     assert batch.to("cpu").modalities == tuple(NAMES)
 
 
+def test_inputs_hold_their_own_rows_of_pixels_and_vectors():
+    """Whole images and vectors, indexed by the place of each token, give what the batch holds."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(6)]
+    vectors = [rng.standard_normal((5, 4)).astype(np.float16) for _ in range(6)]
+    samples = [{**example(rng), "rgb@64": image, "t5": rows} for image, rows in zip(images, vectors, strict=True)]
+    masked = [mask_sample(rng, sample, SPECS, even()) for sample in samples]
+    batch = collate(masked, SPECS, 20, 24)  # some are cut
+    assert batch.pixels["rgb@64"].dtype == torch.uint8
+    assert batch.embeddings["t5"].dtype == torch.float16
+    for i, j in (batch.enc_mod == 2).nonzero().tolist():
+        row, column = divmod(int(batch.enc_pos[i, j]), 4)
+        wanted = images[i][16 * row : 16 * row + 16, 16 * column : 16 * column + 16].reshape(-1)
+        assert (batch.pixels["rgb@64"][batch.enc_ids[i, j]].numpy() == wanted).all()
+        floats = patches(RGB, images[i].astype(np.float32).transpose(2, 0, 1), np.array([4 * row + column]))
+        assert (floats[0] == wanted).all()
+    spans = 0
+    for i, j in (batch.enc_mod == 3).nonzero().tolist():
+        own, row = masked[i].enc_ids[j], int(batch.enc_ids[i, j])
+        assert (own < 0) == (row < 0)
+        spans += row < 0
+        assert row < 0 or (batch.embeddings["t5"][row].numpy() == vectors[i][own]).all()
+    assert spans
+
+
+def test_raw_pixels_are_normalised_by_the_embedding():
+    raw = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    embedding = PixelEmbedding(RGB, 8)
+    places, rows = np.array([0, 5, 15]), torch.tensor([2, 0, 1])
+    values = ((raw / 255 - RGB_MEAN) / RGB_STD).transpose(2, 0, 1).astype(np.float32)
+    own, ready = (embedding.content(torch.from_numpy(patches(RGB, image, places)), rows) for image in (raw, values))
+    torch.testing.assert_close(own, ready, atol=1e-5, rtol=1e-5)
+
+
 def test_wrong_values_are_named():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="tok_depth@64: 15 tokens, expected 16"):
         mask_sample(rng, {"tok_depth@64": np.zeros(15, int)}, SPECS, even())
-    with pytest.raises(ValueError, match=r"pixels \(3, 32, 32\), expected \(3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"pixels \(3, 32, 32\) of float32, expected \(3, 64, 64\)"):
         mask_sample(rng, {"rgb@64": np.zeros((3, 32, 32), np.float32)}, SPECS, even())
+    with pytest.raises(ValueError, match=r"pixels \(3, 64, 64\) of uint8, expected \(64, 64, 3\)"):
+        mask_sample(rng, {"rgb@64": np.zeros((3, 64, 64), np.uint8)}, SPECS, even())
     with pytest.raises(ValueError, match="keep 'some'"):
         MixtureComponent(input_alphas={}, target_alphas={}, keep={"caption": "some"})
     with pytest.raises(ValueError, match="square grid"):

@@ -215,7 +215,7 @@ def test_a_converted_folder_is_trained_on_and_converted_once(base: Path, tmp_pat
         target_tokens=(32, 32),
     )
     batch = TokenBatches(datasets=datasets, specs=specs, masking=masking, batch_size=8, seed=0)(0)
-    assert batch.embeddings["t5_caption"].shape == (8, 77, 16)
+    assert batch.embeddings["t5_caption"].shape[1] == 16
     assert set(batch.enc_mod.unique().tolist()) == {-1, 0, 1, 2}
     text = str(base / "text.json")
     assert convert.prepare(Dataset(tmp_path / "out"), source, text_tokenizer=text)[1] == []
