@@ -1,15 +1,17 @@
 """FourM checkpoints in ml-4m's format, both ways: safetensors with the configuration in the header, and config.json.
 
 A folder written here holds model.safetensors, config.json (both as ml-4m reads them) and modalities.json, which gives
-the modalities ml-4m does not know.
+the modalities ml-4m does not know. The `.pth` files of its trainer are read, too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model import trainer_files
 from model.fourm import FourM, FourMConfig
 from model.spec import ModalitySpec
 
@@ -39,15 +42,12 @@ _ML4M_DEFAULTS: dict[str, Any] = {
     "dim": 768, "encoder_depth": 12, "decoder_depth": 12, "num_heads": 12, "gated_mlp": False, "qkv_bias": True,
     "proj_bias": True, "mlp_bias": True,
 }  # fmt: skip
+# Those that only the whole model knows are left out where they are ml-4m's defaults: its FMViT refuses them.
+_OF_THE_WHOLE: dict[str, Any] = {"num_register_tokens": 0, "decoder_causal_mask": False, "decoder_sep_mask": True}
 _NO_EFFECT = {
-    "domains_in",
-    "domains_out",
-    "image_size",
-    "patch_size",
-    "act_layer",
-    "shared_drop_path",
-    "use_act_checkpoint",
-}
+    "domains_in", "domains_out", "image_size", "patch_size", "act_layer", "shared_drop_path", "use_act_checkpoint"
+}  # fmt: skip
+_TRAINED = re.compile(r"fm_(tiny|small|base|large|xlarge)_\d+e_\d+d_(gelu|swiglu_nobias|swiglu_qknorm_nobias)")
 
 
 def ml4m_spec(name: str) -> ModalitySpec:
@@ -79,16 +79,18 @@ def ml4m_spec(name: str) -> ModalitySpec:
 
 
 def ml4m_config(model: FourM) -> dict[str, Any]:
-    """The configuration ml-4m's FM class needs to build the same model."""
+    """The configuration ml-4m's FM class, and its FMViT if there are images, needs to build the same model."""
     grids = [spec for spec in (*model.specs_in, *model.specs_out) if spec.is_grid and not spec.learned_positions]
+    grids.sort(key=lambda spec: spec.kind != "pixels")  # FMViT takes the size for that of its images
     patch_size = grids[0].patch_size if grids else 16
+    same = {name: getattr(model.config, name) for name in _SAME_NAMES}
     return {
         "domains_in": [spec.name for spec in model.specs_in],
         "domains_out": [spec.name for spec in model.specs_out],
         "image_size": grids[0].side * patch_size if grids else 224,
         "patch_size": patch_size,
         "act_layer": model.config.act,
-        **{name: getattr(model.config, name) for name in _SAME_NAMES},
+        **{name: value for name, value in same.items() if _OF_THE_WHOLE.get(name) != value},
     }
 
 
@@ -132,12 +134,29 @@ def save_pretrained(model: FourM, folder: str | os.PathLike[str]) -> None:
     save_safetensors(model, folder / "model.safetensors")
 
 
-def from_pretrained(source: str | os.PathLike[str], *, tie_embeddings: bool | None = None) -> FourM:
-    """The model of a folder, a .safetensors file or a Hugging Face repository, strictly loaded, in evaluation mode.
+def from_pretrained(source: str | os.PathLike[str], *, tie_embeddings: bool | None = None, ema: bool = False) -> FourM:
+    """The model of a folder, a .safetensors file, a Hugging Face repository or a .pth of ml-4m's trainer.
 
-    Logits share the decoder's tables if they are equal in the checkpoint, unless `tie_embeddings` says otherwise.
+    Strictly loaded, in evaluation mode. Logits share the decoder's tables if they are equal in the checkpoint, unless
+    `tie_embeddings` says otherwise. `ema` takes the averaged weights of a .pth.
     """
+    state, config, specs_in, specs_out = read(source, ema=ema)
+    tied = _is_tied(state, [spec.name for spec in specs_out]) if tie_embeddings is None else tie_embeddings
+    model = FourM(replace(config, tie_embeddings=tied), specs_in, specs_out)
+    load_state(model, state)
+    return model.eval()
+
+
+Read = tuple[dict[str, Tensor], FourMConfig, list[ModalitySpec], list[ModalitySpec]]
+
+
+def read(source: str | os.PathLike[str], *, ema: bool = False) -> Read:
+    """Weights, configuration, inputs and outputs of what `from_pretrained` takes."""
     path = Path(source)
+    if path.suffix == ".pth":
+        return _of_trainer(path, "model_ema" if ema else "model")
+    if ema:
+        raise ValueError(f"{source}: ema is for the .pth of a trainer, which may hold averaged weights as well")
     if not path.exists():
         from huggingface_hub import snapshot_download
 
@@ -152,14 +171,30 @@ def from_pretrained(source: str | os.PathLike[str], *, tie_embeddings: bool | No
     described: dict[str, Any] = {}
     if (folder / "modalities.json").exists():
         described = json.loads((folder / "modalities.json").read_text())
-    specs = {name: ModalitySpec(**value) for name, value in described.items()}
-    specs_in, specs_out = ([specs.get(n) or ml4m_spec(n) for n in config[key]] for key in ("domains_in", "domains_out"))
+    known = {name: ModalitySpec(**value) for name, value in described.items()}
+    specs_in, specs_out = _specs(config["domains_in"], config["domains_out"], known)
+    return state, config_from_ml4m(config, tied=False), specs_in, specs_out
+
+
+def _of_trainer(path: Path, wanted: str) -> Read:
+    args, state = trainer_files.read(path, wanted)
+    name = str(args.get("model"))
+    found = _TRAINED.fullmatch(name)
+    if not found:
+        raise ValueError(f"{path}: model {name!r}, expected a name such as fm_base_12e_12d_swiglu_nobias")
+    config = replace(FourMConfig.preset(*found.groups()), num_register_tokens=int(args.get("num_register_tokens", 0)))
+    names_in, names_out = args.get("in_domains"), args.get("out_domains")
+    if not isinstance(names_in, list) or not isinstance(names_out, list):
+        raise ValueError(f"{path}: in_domains {names_in} and out_domains {names_out}, expected lists of names")
+    return state, config, *_specs(names_in, names_out, {})
+
+
+def _specs(
+    names_in: Iterable[str], names_out: Iterable[str], known: Mapping[str, ModalitySpec]
+) -> tuple[list[ModalitySpec], list[ModalitySpec]]:
+    specs_in, specs_out = ([known.get(name) or ml4m_spec(name) for name in names] for names in (names_in, names_out))
     # An input-only modality such as rgb may be listed as an output; ml-4m gives it no decoder.
-    specs_out = [spec for spec in specs_out if spec.is_target]
-    tied = _is_tied(state, [spec.name for spec in specs_out]) if tie_embeddings is None else tie_embeddings
-    model = FourM(config_from_ml4m(config, tied=tied), specs_in, specs_out)
-    load_state(model, state)
-    return model.eval()
+    return specs_in, [spec for spec in specs_out if spec.is_target]
 
 
 def load_state(model: FourM, state: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ computed only where there is a target.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -144,6 +145,19 @@ class FourM(nn.Module):
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, dim))
         self.init_weights(torch.Generator().manual_seed(seed))
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> FourM:
+        """The model of a folder, a file or a Hugging Face repository, ours or ml-4m's: `checkpoint.from_pretrained`."""
+        from model import checkpoint  # it imports this module
+
+        return checkpoint.from_pretrained(source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `from_pretrained`, here and in ml-4m, reads."""
+        from model import checkpoint
+
+        checkpoint.save_pretrained(self, folder)
 
     def forward(self, batch: MaskedBatch, loss: Literal["mod", "token"] = "mod") -> Output:
         """Cross-entropy at the targets.

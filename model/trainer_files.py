@@ -15,8 +15,14 @@ from torch import Tensor
 
 # The trainers set learning rates from an array, so that the optimizer's settings are scalars of numpy: a constructor of
 # numbers, of a type that is among these. numpy 1 and numpy 2 name it differently.
-_SCALAR = np._core.multiarray.scalar
-_NUMBERS = [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
 
 
 def read(path: Path, wanted: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
