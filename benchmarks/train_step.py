@@ -12,6 +12,7 @@ says that both compute the same. `--quick` is the tiny size at batch 2 on one th
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import tempfile
@@ -54,11 +55,13 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
             for name, checkout in (("ours", None), ("reference", reference)):
                 if name == "ours" or checkout is not None:
                     _report.console.print(f"{size}, {dtype}, {name} ...")
-                    where = None if checkout is None else str(checkout.resolve())
+                    # Its own packages come from where ours do, or from PYTHONPATH.
+                    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+                    where = None if checkout is None else [str(checkout.resolve()), *filter(None, own)]
                     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
                         packages = _fresh.packages(Path(folder) / "packages")
                         (packages / "model").symlink_to(_fresh.HERE / "model")
-                        sides[name] = _fresh.call("train_step", "steps_of", {**asked, "checkout": where}, packages)
+                        sides[name] = _fresh.call("train_step", "steps_of", {**asked, "reference": where}, packages)
             if reference is not None:
                 ours, theirs = sides["ours"], sides["reference"]
                 sides["speedup"] = ours["samples_per_s"] / theirs["samples_per_s"]
@@ -68,13 +71,15 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     return found
 
 
-def steps_of(size: str, batch: int, threads: int, steps: int, dtype: str, checkout: str | None) -> dict[str, Any]:
+def steps_of(
+    size: str, batch: int, threads: int, steps: int, dtype: str, reference: list[str] | None
+) -> dict[str, Any]:
     """Median time of a step, after one that warms up, of one side; run in a process of its own."""
     torch.set_num_threads(threads)
     specs = [ml4m_spec(name) for name in NAMES]
     batches = [_batch(specs, batch, seed) for seed in range(steps + 1)]
-    step = _ours(size, specs, dtype) if checkout is None else _theirs(size, specs, dtype, checkout)
-    held = [b if checkout is None else _as_reference(b, specs) for b in batches]
+    step = _ours(size, specs, dtype) if reference is None else _theirs(size, specs, dtype, reference)
+    held = [b if reference is None else _as_reference(b, specs) for b in batches]
     seconds, losses = [], []
     for one in held:
         began, used = time.perf_counter(), time.process_time()
@@ -148,12 +153,12 @@ def _ours(size: str, specs: list[ModalitySpec], dtype: str) -> Callable[[MaskedB
     return step
 
 
-def _theirs(size: str, specs: list[ModalitySpec], dtype: str, checkout: str) -> Callable[[dict[str, Any]], float]:
-    sys.path.insert(0, checkout)
-    # fm.py wants a table of modalities whose module needs albumentations; the model below is given its own.
-    data, info = types.ModuleType("fourm.data"), types.ModuleType("fourm.data.modality_info")
-    info.__dict__["MODALITY_INFO"] = {}
-    sys.modules |= {module.__name__: module for module in (data, info)}
+def _theirs(size: str, specs: list[ModalitySpec], dtype: str, paths: list[str]) -> Callable[[dict[str, Any]], float]:
+    sys.path[1:1] = paths
+    # Its data and their packages are not needed: the model below is given its own table of modalities.
+    names = ("fourm.data", "fourm.data.modality_info", "fourm.utils.generation_datasets")
+    sys.modules |= {name: types.ModuleType(name) for name in names}
+    sys.modules["fourm.data.modality_info"].__dict__["MODALITY_INFO"] = {}
     import fourm.models.decoder_embeddings as decoder
     import fourm.models.encoder_embeddings as encoder
     import fourm.models.fm as fm
