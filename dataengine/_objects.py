@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dataengine._patience import Passing, StoreError, code, patiently, status
 from dataengine._redact import redacted
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RANGE = 16 << 20
 """Bytes of one request of a read or of a multipart upload: large, so that the time to its first byte (10-100 ms) is
@@ -45,11 +47,20 @@ class Filesystem:
 
     def read(self, path: str) -> bytes:
         """The whole object, in parallel ranges when it is large."""
+        found = self._read(path, lambda start, data: data)
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def copy(self, path: str, handle: int) -> int:
+        """Write the object over the beginning of an open file, piece by piece as they come; its size."""
+        return sum(self._read(path, lambda start, data: written(handle, start, data)))
+
+    def _read(self, path: str, take: Callable[[int, bytes], T]) -> list[T]:
+        """What `take` makes of each piece, given where it begins; it is called by several threads."""
         size = self._call("reading", path, self._fs.size)
         if size is None:
-            return bytes(self._call("reading", path, self._fs.cat_file))
+            return [take(0, bytes(self._call("reading", path, self._fs.cat_file)))]
 
-        def piece(start: int) -> bytes:
+        def piece(start: int) -> T:
             stop = min(start + RANGE, size)
 
             def get(full: str) -> bytes:
@@ -60,12 +71,12 @@ class Filesystem:
                     raise Passing(f"got {len(data)} of {stop - start} bytes")
                 return data
 
-            return bytes(self._call("reading", path, get))
+            return take(start, bytes(self._call("reading", path, get)))
 
         if size <= RANGE:
-            return piece(0)
+            return [piece(0)]
         with ThreadPoolExecutor(PARALLEL) as threads:
-            return b"".join(completed([threads.submit(piece, start) for start in range(0, size, RANGE)]))
+            return completed([threads.submit(piece, start) for start in range(0, size, RANGE)])
 
     def exists(self, path: str) -> bool:
         """Whether the object is there."""
@@ -203,7 +214,16 @@ def _not_implemented(error: BaseException) -> bool:
     return status(error) == 501 or (status(error) == 400 and code(error) in codes)
 
 
-def completed(futures: Sequence[Future[Any]]) -> list[Any]:
+def written(handle: int, start: int, data: bytes) -> int:
+    """Write bytes at a place of an open file, all of them; how many they are."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(handle, view, start)
+        view, start = view[count:], start + count
+    return len(data)
+
+
+def completed(futures: Sequence[Future[T]]) -> list[T]:
     """The results; on the first failure nothing more is begun, and what was begun is waited for by its pool."""
     try:
         return [future.result() for future in futures]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from dataengine._objects import PARALLEL, RANGE, Entry, completed, probed
+from dataengine._objects import PARALLEL, RANGE, Entry, completed, probed, written
 from dataengine._patience import Changed, Passing, StoreError, code, patiently, status
 
 log = logging.getLogger(__name__)
@@ -50,20 +50,30 @@ class Bucket:
 
     def read(self, path: str) -> bytes:
         """One request for a small object, parallel ranges for the rest of a large one; all of the same version."""
-        return _again("reading", self._at(path), self._read, path)
+        found = _again("reading", self._at(path), self._read, path, lambda start, data: data)
+        return found[0] if len(found) == 1 else b"".join(found)
 
-    def _read(self, path: str) -> bytes:
+    def copy(self, path: str, handle: int) -> int:
+        """Write the object over the beginning of an open file, piece by piece as they come; its size."""
+
+        def copied() -> int:
+            return sum(self._read(path, lambda start, data: written(handle, start, data)))
+
+        return _again("reading", self._at(path), copied)
+
+    def _read(self, path: str, take: Callable[[int, bytes], T]) -> list[T]:
+        """What `take` makes of each piece, given where it begins; it is called by several threads."""
         first = self._call("reading", path, self._get, path, 0, RANGE)
         total, tag = _announced(first)
         if total <= RANGE or "ContentRange" not in first:
-            return bytes(self._call("reading", path, self._body, path, 0, total, tag, [first]))
+            return [take(0, bytes(self._call("reading", path, self._body, path, 0, total, tag, [first])))]
 
-        def piece(start: int) -> bytes:
-            opened = [first] if start == 0 else []
-            return bytes(self._call("reading", path, self._body, path, start, min(start + RANGE, total), tag, opened))
+        def piece(start: int) -> T:
+            opened, stop = [first] if start == 0 else [], min(start + RANGE, total)
+            return take(start, bytes(self._call("reading", path, self._body, path, start, stop, tag, opened)))
 
         with ThreadPoolExecutor(PARALLEL) as threads:
-            return b"".join(completed([threads.submit(piece, start) for start in range(0, total, RANGE)]))
+            return completed([threads.submit(piece, start) for start in range(0, total, RANGE)])
 
     def _get(self, path: str, start: int, stop: int) -> Any:
         try:

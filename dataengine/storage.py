@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +98,17 @@ class Store:
             return self.read(path)
         except FileNotFoundError:
             return None
+
+    def copy(self, path: str, handle: int) -> int:
+        """Write the whole object over the beginning of an open file; its size. It is never all in memory.
+
+        FileNotFoundError when there is none. Errors of the open file are raised as they are.
+        """
+        if isinstance(self._objects, Disk):
+            with Path(self.base, path).open("rb") as source, os.fdopen(os.dup(handle), "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
+                return sink.tell()
+        return self._objects.copy(path, handle)
 
     def local_path(self, path: str) -> Path:
         """A file of this machine with the object's bytes: itself on a disk, else a cached copy of this version."""
