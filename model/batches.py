@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dataengine.packed import Column, Packed
+from dataengine.packed import Column
+from dataengine.stored import Shard
 from model.embeddings import RGB_MEAN, RGB_STD
 from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
 from model.spec import ModalitySpec
@@ -47,7 +48,7 @@ def spec_of(column: Column, patch_size: int) -> ModalitySpec:
 class PackedDataset:
     """The packed shards of one dataset, and how often a sample is drawn from it."""
 
-    shards: tuple[Packed, ...]
+    shards: tuple[Shard, ...]
     weight: float = 1.0
 
     def __len__(self) -> int:
