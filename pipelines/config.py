@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
@@ -21,8 +23,10 @@ C = TypeVar("C")
 def load(name: str, kind: type[C]) -> C:
     """The configuration that a recipe returns: a name in `pipelines/recipes/`, or a Python file with `def recipe()`.
 
-    ValueError when there is no such recipe (naming the nearest) or it configures another kind of run.
+    `NAME.large` is another function of the same file. ValueError when there is no such recipe (naming the nearest) or
+    it configures another kind of run.
     """
+    function = "recipe"
     if name.endswith(".py"):
         made = importlib.util.spec_from_file_location(Path(name).stem, name)
         if made is None or made.loader is None or not Path(name).is_file():
@@ -30,14 +34,25 @@ def load(name: str, kind: type[C]) -> C:
         module = importlib.util.module_from_spec(made)
         made.loader.exec_module(module)
     else:
+        file, _, function = name.partition(".")
+        function = function or "recipe"
         known = plugins.names("pipelines.recipes")
-        if name not in known:
-            raise ValueError(f"unknown recipe {name!r}{plugins.nearest(name, known)}; known: {', '.join(known)}")
-        module = importlib.import_module(f"pipelines.recipes.{name}")
-    config = module.recipe()
+        if file not in known:
+            raise ValueError(f"unknown recipe {file!r}{plugins.nearest(file, known)}; known: {', '.join(known)}")
+        module = importlib.import_module(f"pipelines.recipes.{file}")
+        variants = recipes_of(module)
+        if function not in variants:
+            raise ValueError(f"recipe {file} has no {function!r}, expected {' or '.join(variants)}")
+    config = getattr(module, function)()
     if not isinstance(config, kind):
         raise ValueError(f"recipe {name!r} configures a {type(config).__name__}, this command runs a {kind.__name__}")
     return config
+
+
+def recipes_of(module: ModuleType) -> list[str]:
+    """The names of a recipe file's functions that return configurations: its own public ones without parameters."""
+    own = [(n, f) for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    return [name for name, f in own if not name.startswith("_") and not inspect.signature(f).parameters]
 
 
 def override(config: C, assignments: Sequence[str]) -> C:
