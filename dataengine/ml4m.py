@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import braceexpand
 import numpy as np
@@ -77,23 +78,50 @@ def read(tars: Tars, names: Mapping[str, str] | None = None) -> tuple[list[str],
     `names` renames folders (ml-4m's `modality_name_map`). Where ml-4m drops the rest of a shard without an error, this
     does not: ValueError names the tar, the position and the keys when tars do not list the same keys in the same order.
     """
+
+    def groups(url: str) -> Groups[bytes]:
+        with storage.open_url(url) as stream:
+            data = stream.read()
+        return grouped(url, _tars.in_memory(data), lambda h: data[h.offset : h.offset + h.size])
+
+    keys, columns = aligned(tars, groups, names)
+    return keys, {
+        modality: [member(key, suffix, data) for key, (suffix, data) in zip(keys, column, strict=True)]
+        for modality, column in columns.items()
+    }
+
+
+T = TypeVar("T")
+Groups: TypeAlias = tuple[list[str], list[list[tuple[str, T]]]]
+"""The keys of a tar, and (suffix, what was taken) of the members of each."""
+
+
+def aligned(
+    tars: Tars, groups: Callable[[str], Groups[T]], names: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, list[tuple[str, T]]]]:
+    """The keys of a shard, and (suffix, what was taken) of the member of each key, by modality.
+
+    `groups` is what `grouped` gives of a URL; see `read` for the errors.
+    """
     keys: list[str] | None = None
     first = ""
-    columns: dict[str, list[Member]] = {}
+    columns: dict[str, list[tuple[str, T]]] = {}
+    having: dict[str, list[str]] = {}
     for folder, url in tars.urls:
-        found, groups = _grouped(url)
+        found, of_each = groups(url)
         if keys is None:
             keys, first = found, url
         _check_aligned(first, keys, url, found)
-        for key, members in zip(found, groups, strict=True):
+        for key, members in zip(found, of_each, strict=True):
             here = {_modality(folder, suffix, len(members) == 1, names or {}): (suffix, v) for suffix, v in members}
-            for modality, (suffix, data) in here.items():
+            for modality, one in here.items():
                 if modality not in _IGNORED:
-                    columns.setdefault(modality, []).append(Member(key, _extension(suffix), _unpacked(suffix, data)))
+                    columns.setdefault(modality, []).append(one)
+                    having.setdefault(modality, []).append(key)
     assert keys is not None
     for modality, column in columns.items():
         if len(column) != len(keys):
-            have = {member.key for member in column}
+            have = set(having[modality])
             lacks = next((k for k in keys if k not in have), "none")
             raise ValueError(
                 f"{tars.name}: {len(column)} members of {modality} for {len(keys)} keys; the first without one is "
@@ -102,14 +130,17 @@ def read(tars: Tars, names: Mapping[str, str] | None = None) -> tuple[list[str],
     return keys, columns
 
 
-def _grouped(url: str) -> tuple[list[str], list[list[tuple[str, bytes]]]]:
-    """The keys of a tar, and (suffix, content) of the members of each, which must be neighbours."""
-    with storage.open_url(url) as stream:
-        data = stream.read()
+def member(key: str, suffix: str, data: bytes) -> Member:
+    """A member as it lies in a tar, unpacked if it is .gz, by its extension alone."""
+    return Member(key, _extension(suffix), _unpacked(suffix, data))
+
+
+def grouped(url: str, headers: Iterable[_tars.Header], take: Callable[[_tars.Header], T]) -> Groups[T]:
+    """The keys of a tar, and (suffix, what is taken of it) of the members of each, which must be neighbours."""
     keys: list[str] = []
-    groups: list[list[tuple[str, bytes]]] = []
+    groups: list[list[tuple[str, T]]] = []
     try:
-        for header in _tars.in_memory(data):
+        for header in headers:
             match = _NAME.fullmatch(header.name)
             if header.kind != "file" or match is None:
                 continue
@@ -119,11 +150,11 @@ def _grouped(url: str) -> tuple[list[str], list[list[tuple[str, bytes]]]]:
                 groups.append([])
             if suffix in (s for s, _ in groups[-1]):
                 raise ValueError(f"{header.name!r} is there twice")
-            groups[-1].append((suffix, data[header.offset : header.offset + header.size]))
+            groups[-1].append((suffix, take(header)))
     except ValueError as error:
         raise ValueError(f"{storage.redacted(url)}: {error}") from error
     if len(set(keys)) < len(keys):
-        again = next(k for i, k in enumerate(keys) if k in keys[:i])
+        again = next(k for k, times in Counter(keys).items() if times > 1)
         raise ValueError(f"{storage.redacted(url)}: members of {again!r} stand apart, or are there twice")
     return keys, groups
 
