@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dataengine.modalities import TextLike
+from dataengine.stored_images import StoredImage, crop_of
 
 if TYPE_CHECKING:
     from dataengine.packed import Column
@@ -21,9 +22,13 @@ Reader = Callable[[int, int, np.random.Generator, Draws], Any]
 """(row, crop, generator, what was drawn for this row) to a value, None where there is none."""
 
 
+_ALWAYS_AS_MANY = ("tokens", "pixels", "images")
+
+
 def reader(column: Column, values: pa.Array, num_crops: int) -> Reader:
     """The reader of a column."""
-    read = (_dense if column.kind in ("tokens", "pixels") else _variants)(column, values, num_crops)
+    make = {"tokens": _dense, "pixels": _dense, "images": _images}.get(column.kind, _variants)
+    read = make(column, values, num_crops)
     if not values.null_count:
         return read
     valid: list[bool] = values.is_valid().to_pylist()
@@ -33,7 +38,7 @@ def reader(column: Column, values: pa.Array, num_crops: int) -> Reader:
 def present(column: Column, values: pa.Array) -> np.ndarray:
     """bool (rows,): where there is a value."""
     valid: np.ndarray = values.is_valid().to_numpy(zero_copy_only=False)
-    if column.kind in ("tokens", "pixels"):
+    if column.kind in _ALWAYS_AS_MANY:
         return valid
     first, last = _ends(values)
     if column.kind == "embeddings":
@@ -47,7 +52,7 @@ def lengths(column: Column, values: pa.Array) -> np.ndarray:
     """int32 (rows,): the most that a row gives."""
     there = present(column, values)
     own = column.kind == "sequence" and type(column.source).assemble is not TextLike.assemble
-    if column.kind in ("tokens", "pixels") or own:
+    if column.kind in _ALWAYS_AS_MANY or own:
         return np.where(there, column.max_tokens, 0)
     pieces = _array(values.values)
     if column.kind == "sequence":
@@ -77,6 +82,24 @@ def _dense(column: Column, values: pa.FixedSizeListArray, num_crops: int) -> Rea
     if column.kind == "tokens":
         return lambda index, crop, rng, draws: view[index, crop].astype(np.int64)
     return lambda index, crop, rng, draws: view[index, crop]
+
+
+def _images(column: Column, values: pa.StructArray, num_crops: int) -> Reader:
+    read = images(column, values, num_crops)
+
+    def reader(index: int, crop: int, rng: np.random.Generator, draws: Draws) -> StoredImage:
+        data, crops = read(index)
+        return StoredImage(data, crop_of(crops[crop]), column.side)
+
+    return reader
+
+
+def images(column: Column, values: pa.StructArray, num_crops: int) -> Callable[[int], tuple[bytes, np.ndarray]]:
+    """The function of a row to its image and its crops int32 (n_crops, 5)."""
+    data, crops = values.field("image"), values.field("crops")
+    ends, flat = _view(data.buffers()[1], "q"), memoryview(data.buffers()[2] or b"")
+    view = crops.values.to_numpy(zero_copy_only=True).reshape(len(values), num_crops, 5)
+    return lambda index: (bytes(flat[ends[index] : ends[index + 1]]), view[index])
 
 
 def _variants(column: Column, values: pa.ListArray, num_crops: int) -> Reader:

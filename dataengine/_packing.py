@@ -40,6 +40,8 @@ def array_of(column: Column, kind: pa.DataType, num_crops: int, keys: Sequence[s
     """The values of a column, one or None for each key, as an array of that type; ValueError when one does not fit."""
     if column.kind in ("tokens", "pixels"):
         return _dense(column, kind, num_crops, len(keys), values)
+    if column.kind == "images":
+        return _images(column, kind, num_crops, keys, values)
     missing: list[bool] = []
     variants, ends, flat = array("i", [0]), array("i", [0]), array("H")
     pieces, numbers = array("i", [0]), bytearray()
@@ -71,6 +73,27 @@ def array_of(column: Column, kind: pa.DataType, num_crops: int, keys: Sequence[s
         inner = pa.ListArray.from_arrays(_wrapped(ends, 1, pa.int32()), _wrapped(flat, 1, pa.uint16()))
     outer = pa.ListArray.from_arrays(_wrapped(pieces, 1, pa.int32()), inner)
     return pa.ListArray.from_arrays(_wrapped(variants, 1, pa.int32()), outer, mask=pa.array(missing, pa.bool_()))
+
+
+def _images(
+    column: Column, kind: pa.DataType, num_crops: int, keys: Sequence[str], values: Iterable[Any]
+) -> pa.StructArray:
+    """Of pairs of an encoded image and its crops, integers (n_crops, 5)."""
+    data, ends, missing = bytearray(), array("q", [0]), []
+    crops = np.zeros((len(keys), num_crops, 5), np.int32)
+    for row, key, value in zip(crops, keys, values, strict=True):
+        missing.append(value is None)
+        if value is not None:
+            image, here = value
+            if np.shape(here) != row.shape or not np.array_equal(np.asarray(here).astype(np.int32), here):
+                raise ValueError(f"{column.name} of {key}: crops {here!r:.100}, expected int32 {row.shape}")
+            row[...] = here
+            data += image
+        ends.append(len(data))
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(data)]
+    images = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(keys), buffers)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(crops.reshape(-1)), type=kind.field("crops").type)
+    return pa.StructArray.from_arrays([images, flat], fields=list(kind), mask=pa.array(missing, pa.bool_()))
 
 
 def _offset(column: Column, place: int) -> int:

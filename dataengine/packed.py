@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataengine import _packed_rows, _packing, modalities
+from dataengine import _packed_rows, _packing, modalities, stored_images
 from dataengine.modalities import TextLike
 
 FORMAT = 2
+_KINDS = ("tokens", "pixels", "images", "sequence", "embeddings")
 _METADATA = b"dataengine.tokens"
 _BLOCK = 1 << 22
 _SHA256 = re.compile(r"([0-9a-f]{64})?")
@@ -32,9 +33,10 @@ _SHA256 = re.compile(r"([0-9a-f]{64})?")
 class Column:
     """One modality of a packed shard, under the name that a model knows it by.
 
-    tokens: uint16 (n_crops, max_tokens) a row. pixels: uint8 (n_crops, side, side, 3). sequence: variants x pieces of
-    numbers 0..65535, which the modality `codec` (the column itself if "") assembles to ids. embeddings: a variant is
-    float16 (rows, dim), at most `max_tokens` rows.
+    tokens: uint16 (n_crops, max_tokens) a row. pixels: uint8 (n_crops, side, side, 3). images: the bytes of a JPEG or a
+    PNG and its crops, which give the same pixels when they are read. sequence: variants x pieces of numbers 0..65535,
+    which the modality `codec` (the column itself if "") assembles to ids. embeddings: a variant is float16 (rows, dim),
+    at most `max_tokens` rows.
 
     `choice` says whether a variant belongs to a crop or any will do; of columns of one `draw` the same one is taken.
     `tokenizer` is the sha256 of the file that made the ids (of the text tokenizer for a sequence) and `network` that of
@@ -43,7 +45,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["tokens", "pixels", "sequence", "embeddings"]
+    kind: Literal["tokens", "pixels", "images", "sequence", "embeddings"]
     max_tokens: int
     vocab_size: int = 0
     side: int = 0
@@ -57,13 +59,11 @@ class Column:
     network: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("tokens", "pixels", "sequence", "embeddings"):
-            raise ValueError(
-                f"{self.name}: kind {reprlib.repr(self.kind)}, expected tokens, pixels, sequence or embeddings"
-            )
+        if self.kind not in _KINDS:
+            raise ValueError(f"{self.name}: kind {reprlib.repr(self.kind)}, expected one of {', '.join(_KINDS)}")
         if self.choice not in ("crop", "any"):
             raise ValueError(f"{self.name}: choice {reprlib.repr(self.choice)}, expected crop or any")
-        needed = {"pixels": "side", "embeddings": "dim"}.get(self.kind, "max_tokens")
+        needed = {"pixels": "side", "images": "side", "embeddings": "dim"}.get(self.kind, "max_tokens")
         for field in ("max_tokens", "vocab_size", "side", "dim"):
             value = getattr(self, field)
             if type(value) is not int or value < (1 if field in (needed, "max_tokens") else 0):
@@ -122,6 +122,9 @@ def _arrow_type(column: Column, num_crops: int) -> pa.DataType:
         return pa.list_(pa.uint16(), num_crops * column.max_tokens)
     if column.kind == "pixels":
         return pa.list_(pa.uint8(), num_crops * column.side**2 * 3)
+    if column.kind == "images":
+        crops = pa.list_(pa.int32(), num_crops * 5)
+        return pa.struct([pa.field("image", pa.large_binary()), pa.field("crops", crops)])
     if column.kind == "embeddings":
         return pa.list_(pa.list_(pa.list_(pa.float16(), column.dim)))
     return pa.list_(pa.list_(pa.list_(pa.uint16())))
@@ -163,6 +166,8 @@ def check(data: bytes | memoryview | pa.RecordBatch) -> tuple[str, ...]:
         values = batch.column(column.name)
         if column.kind == "tokens":
             _check_ids(column, pc.max(values.flatten()).as_py())
+        elif column.kind == "images":
+            _check_images(column, values, num_crops, batch.column("key"))
         elif column.kind in ("sequence", "embeddings"):
             _check_variants(column, values, num_crops)
     return tuple(map(str, batch.column("key").to_pylist()))
@@ -178,6 +183,16 @@ def _only_batch(data: bytes | memoryview) -> pa.RecordBatch:
 def _check_ids(column: Column, largest: int | None) -> None:
     if column.vocab_size and largest is not None and largest >= column.vocab_size:
         raise ValueError(f"{column.name}: id {largest}, expected less than {column.vocab_size}")
+
+
+def _check_images(column: Column, values: pa.StructArray, num_crops: int, keys: pa.StringArray) -> None:
+    read = _packed_rows.images(column, values, num_crops)
+    for index, (key, valid) in enumerate(zip(keys.to_pylist(), values.is_valid().to_pylist(), strict=True)):
+        try:
+            if valid:
+                stored_images.check(*read(index))
+        except ValueError as error:
+            raise ValueError(f"{column.name} of {key}: {error}") from error
 
 
 def _check_variants(column: Column, values: pa.ListArray, num_crops: int) -> None:
@@ -244,8 +259,9 @@ class Packed:
     ) -> dict[str, Any]:
         """The named modalities of a row under one crop (drawn unless given): None where there is no valid label.
 
-        tokens: int64 (max_tokens,); pixels: uint8 (side, side, 3); sequence: list of at most max_tokens ids, or of all
-        pieces when chunked; embeddings: float16 (rows, dim). Pixels and embeddings are views of the file.
+        tokens: int64 (max_tokens,); pixels: uint8 (side, side, 3); images: a `StoredImage`, which is that once it is
+        read; sequence: list of at most max_tokens ids, or of all pieces when chunked; embeddings: float16 (rows, dim).
+        Pixels and embeddings are views of the file.
         """
         # A scalar of `random` takes a tenth of the time of one of `integers`.
         chosen = int(rng.random() * self.num_crops) if crop is None else crop

@@ -49,6 +49,7 @@ def tokenize(
     pack: Annotated[bool, typer.Option("--pack", help="Pack each shard once its tokens are committed.")] = False,
     text_tokenizer: Annotated[str, typer.Option(help="With --pack: the WordPiece JSON file.")] = "",
     pixels: Annotated[int, typer.Option(min=0, help="With --pack: side of the images packed beside the tokens.")] = 0,
+    images: Annotated[bool, typer.Option("--images", help="With --pixels: as stored, decoded when read.")] = False,
     runner: RunnerOption = "ray",
     workers: Workers = None,
     device: Annotated[str, typer.Option(help="torch device of the networks: cpu, cuda, or auto.")] = "auto",
@@ -75,7 +76,7 @@ def tokenize(
         "max_bad_fraction": max_bad_fraction,
     }
     if pack:
-        summary = tokenize_and_pack(dataset, plan, text_tokenizer or f"{tokenizers}/text.json", pixels, **where)
+        summary = tokenize_and_pack(dataset, plan, text_tokenizer or f"{tokenizers}/text.json", pixels, images, **where)
     else:
         summary = label.execute(dataset, plan, what="tokenize", **where)
     say(
@@ -91,6 +92,9 @@ def pack(
     root: Root,
     text_tokenizer: Annotated[str, typer.Option(help="The WordPiece JSON file.")] = "tokenizers/text.json",
     pixels: Annotated[int, typer.Option(min=0, help="Side of the images packed beside the tokens; 0 for none.")] = 0,
+    images: Annotated[
+        bool, typer.Option("--images", help="With --pixels: packed as stored, decoded and cropped when read.")
+    ] = False,
     columns: Annotated[str, typer.Option(help="Only these, separated by commas; all that can be if none.")] = "",
     from_ml4m: Annotated[
         str, typer.Option(help="Convert ml-4m's tars into ROOT: tars/[caption,tok_rgb@224]/shard-{000..099}.tar")
@@ -119,12 +123,13 @@ def pack(
             text_tokenizer=text_tokenizer,
             tokenizers=tokenizers,
             pixels=pixels,
+            encoded=images,
             names={name: modality for name, _, modality in (f.partition("=") for f in folder or [])},
             aligned=aligned_captions,
         )
     else:
         chosen = [name for name in columns.split(",") if name]
-        worker, tasks = packing.prepare(dataset, text_tokenizer, pixels, chosen)
+        worker, tasks = packing.prepare(dataset, text_tokenizer, pixels, chosen, encoded=images)
     summary = running.execute(
         dataset,
         [single(worker, tasks, name="pack")],

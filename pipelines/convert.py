@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from dataengine import ml4m, modalities, packed, storage
+from dataengine import ml4m, modalities, packed, storage, stored
 from dataengine.geometry import Crop, crops_of
 from dataengine.manifest import Conflict, Dataset
 from dataengine.ml4m import COLUMNS, Tars
@@ -21,7 +21,7 @@ from dataengine.work import Report, Task, Work
 from pipelines import pack
 from pipelines.pack import Encode, Vocabulary
 
-_PLACED = ("det", "human_poses")
+PLACED = ("det", "human_poses")
 """What is cut to a crop while it is packed, for which the crops and the size of the image must be known."""
 
 
@@ -50,6 +50,7 @@ def prepare(
     text_tokenizer: str,
     tokenizers: str = "",
     pixels: int = 0,
+    encoded: bool = False,
     names: Mapping[str, str] | None = None,
     aligned: bool = False,
 ) -> tuple[Convert, list[Task]]:
@@ -63,24 +64,55 @@ def prepare(
         raise Conflict(f"{out.store.name} is a dataset of its own: convert into another folder")
     tars = ml4m.expand(pattern)
     _, members = ml4m.read(tars[0], names)
-    unknown = [m for m in members if not m.startswith("tok_") and m not in (*ml4m.TEXTS, *ml4m.OTHERS)]
-    if unknown or not members:
+    worker = worker_of(
+        out.store.url,
+        tars,
+        {m: column[0] for m, column in members.items()},
+        text_tokenizer=text_tokenizer,
+        tokenizers=tokenizers,
+        pixels=pixels,
+        encoded=encoded,
+        names=names,
+        aligned=aligned,
+    )
+    tasks = []
+    for number, shard in enumerate(tars):
+        inputs = [[folder, storage.redacted(url), storage.tag(url)] for folder, url in shard.urls]
+        task = pack.task_of(out, number, worker.columns, json.dumps([inputs, worker.names, worker.num_crops]))
+        tasks += [task] if task else []
+    return worker, tasks
+
+
+def worker_of(
+    root: str,
+    tars: Sequence[Tars],
+    first: Mapping[str, Member],
+    *,
+    text_tokenizer: str,
+    tokenizers: str = "",
+    pixels: int = 0,
+    encoded: bool = False,
+    names: Mapping[str, str] | None = None,
+    aligned: bool = False,
+) -> Convert:
+    """What makes packed rows of tars, by the members of the first sample; the options are those of `prepare`."""
+    unknown = [m for m in first if not m.startswith("tok_") and m not in (*ml4m.TEXTS, *ml4m.OTHERS)]
+    if unknown or not first:
         raise ValueError(
             f"{tars[0].name}: {', '.join(unknown) or 'nothing'} to be packed, expected tok_* and "
             f"{', '.join((*ml4m.TEXTS, *ml4m.OTHERS))}: leave the others out of the path"
         )
-    found = {m: ml4m.decode(m, column[0]) for m, column in members.items()}
+    found = {m: ml4m.decode(m, member) for m, member in first.items()}
     texts = [m for m in found if m in ml4m.TEXTS]
     vocabulary = Vocabulary.of(text_tokenizer) if texts else Vocabulary()
     columns = [_column(m, v, vocabulary, tokenizers) for m, v in found.items() if m not in ("rgb", "crop_settings")]
     columns = [_chosen(c, aligned, {"caption", "t5_caption"} <= set(found)) for c in columns]
-    if pixels:
-        if not {"rgb", "crop_settings"} <= set(found):
-            raise ValueError(f"{tars[0].name}: pixels need the folders rgb and crop_settings in the path")
-        columns.insert(0, Column(name=f"rgb@{pixels}", kind="pixels", max_tokens=pixels**2, side=pixels))
+    columns[:0] = pack.image_columns(pixels, encoded)
+    if pixels and not {"rgb", "crop_settings"} <= set(found):
+        raise ValueError(f"{tars[0].name}: pixels need the folders rgb and crop_settings in the path")
     pack.check_names(columns)
-    worker = Convert(
-        out.store.url,
+    return Convert(
+        root,
         tuple(tars),
         tuple(sorted((names or {}).items())),
         text_tokenizer if texts else "",
@@ -88,12 +120,6 @@ def prepare(
         _num_crops(found),
         aligned,
     )
-    tasks = []
-    for number, shard in enumerate(tars):
-        inputs = [[folder, storage.redacted(url), storage.tag(url)] for folder, url in shard.urls]
-        task = pack.task_of(out, number, columns, json.dumps([inputs, worker.names, worker.num_crops]))
-        tasks += [task] if task else []
-    return worker, tasks
 
 
 def _num_crops(found: Mapping[str, Any]) -> int:
@@ -145,24 +171,24 @@ def _convert_shard(worker: Convert, encode: Encode, task: Task) -> Report:
     tars = worker.shards[task.shard]
     keys, members = ml4m.read(tars, dict(worker.names))
     try:
-        rows = _rows(worker, keys, members, encode)
+        rows = values_of(worker, keys, members, encode)
         batch = packed.build(worker.columns, worker.num_crops, keys, rows)
         packed.check(batch)
     except ValueError as error:
         raise ValueError(f"{tars.name}: {error}") from error
-    of = {"ml4m": tars.name}
+    of = {"ml4m": tars.name, stored.ABOUT: stored.about(worker.columns, worker.num_crops)}
     return pack.publish(Dataset(worker.root), worker.columns, task, keys, packed.pieces(batch), of, began)
 
 
-def _rows(
+def values_of(
     worker: Convert, keys: Sequence[str], members: dict[str, list[Member]], encode: Encode
 ) -> dict[str, Iterator[Any]]:
     """What `packed.build` takes, made when it is asked for; members are taken away as they are used."""
-    with_pixels = any(c.kind == "pixels" for c in worker.columns)
+    with_pixels = any(c.kind in pack.IMAGES for c in worker.columns)
     images = [m.data for m in members.get("rgb", [])]
-    placed = bool(set(members) & set(_PLACED)) or with_pixels
+    placed = bool(set(members) & set(PLACED)) or with_pixels
     if placed and not {"rgb", "crop_settings"} <= set(members):
-        raise ValueError(f"{' and '.join(set(members) & set(_PLACED))} need rgb and crop_settings in the path")
+        raise ValueError(f"{' and '.join(set(members) & set(PLACED))} need rgb and crop_settings in the path")
     sizes = [pack.size_of(image) for image in images] if placed else [(1, 1)] * len(keys)
     anywhere = [Crop(0, 0, 1, 1)] * worker.num_crops
     crops = [crops_of(ml4m.decode("crop_settings", m)) for m in members.get("crop_settings", [])]
@@ -175,8 +201,8 @@ def _rows(
         images.clear()
     rows: dict[str, Iterator[Any]] = {}
     for column in worker.columns:
-        if column.kind == "pixels":
-            rows[column.name] = pack.all_pixels(images, crops, column.side)
+        if column.kind in pack.IMAGES:
+            rows[column.name] = pack.IMAGES[column.kind](images, crops, column.side)
             continue
         if column.name not in members:
             raise ValueError(f"no {column.name}, which the first shard has")

@@ -7,16 +7,16 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dataengine import _tars, modalities, packed, shards
+from dataengine import _tars, modalities, packed, shards, stored, stored_images
 from dataengine._tars import Buffer
 from dataengine.geometry import Crop, crops_of
 from dataengine.manifest import Commit, Dataset
@@ -53,12 +53,15 @@ def prepare(
     pixels: int,
     columns: Sequence[str] = (),
     among: Collection[int] | None = None,
+    *,
+    encoded: bool = False,
 ) -> tuple[Pack, list[Task]]:
     """What there is to pack: every complete, meaningful token, text and embedding column, or those named, by shard.
 
-    `pixels` is the side of the images the model reads beside their tokens, 0 for none. A version (`tok_depth@224@v2`)
-    is packed where it is named, under its own name: a model otherwise reads one column of a modality. Columns that come
-    from random weights are left out: nothing is trained on them. ValueError when a named one cannot be packed.
+    `pixels` is the side of the images the model reads beside their tokens, 0 for none; `encoded`: they are packed as
+    they are stored, to be decoded when they are read. A version (`tok_depth@224@v2`) is packed where it is named, under
+    its own name: a model otherwise reads one column of a modality. Columns that come from random weights are left out:
+    nothing is trained on them. ValueError when a named one cannot be packed.
 
     `among` are the shards to be packed, for which the columns must be complete; all where it is None.
     """
@@ -75,8 +78,7 @@ def prepare(
     vocabulary = Vocabulary.of(text_tokenizer) if texts else Vocabulary()
     made = [_column(dataset, m, vocabulary) for m in names]
     made = _with_draws(dataset, made)
-    if pixels:
-        made.insert(0, Column(name=f"rgb@{pixels}", kind="pixels", max_tokens=pixels**2, side=pixels))
+    made[:0] = image_columns(pixels, encoded)
     check_names(made)
     tasks = []
     for shard in sorted(ingested):
@@ -155,6 +157,14 @@ def embedding_column(name: str, dim: int, network: str = "") -> Column:
     return Column(name=name, kind="embeddings", max_tokens=MAX_TOKENS, dim=dim, network=network)
 
 
+def image_columns(side: int, encoded: bool) -> list[Column]:
+    """The packed column of images that the model reads with `side` pixels: of each crop, or as they are stored."""
+    if encoded and not side:
+        raise ValueError("images packed as they are stored need the side that they are read with: --pixels 224")
+    kind: Literal["images", "pixels"] = "images" if encoded else "pixels"
+    return [Column(name=f"rgb@{side}", kind=kind, max_tokens=side**2, side=side)] if side else []
+
+
 def check_names(columns: Sequence[Column]) -> None:
     """ValueError when two columns would be one modality of the model."""
     names = [c.name for c in columns]
@@ -218,16 +228,17 @@ def _pack_shard(dataset: Dataset, columns: Sequence[Column], encode: Encode, tas
     settings = modalities.load("crop_settings")
     crops = [crops_of(settings.decode(m.data)) for m in dataset.read("crop_settings", task.shard)]
     sizes = [size_of(image) for image in images]
-    if not any(c.kind == "pixels" for c in columns):
+    if not any(c.kind in IMAGES for c in columns):
         images.clear()
     rows = {
-        c.name: all_pixels(images, crops, c.side)
-        if c.kind == "pixels"
+        c.name: IMAGES[c.kind](images, crops, c.side)
+        if c.kind in IMAGES
         else _values(dataset, c, task.shard, crops, sizes, encode)
         for c in columns
     }
     batch = packed.build(columns, dataset.plan.num_crops, keys, rows)
-    return publish(dataset, columns, task, keys, packed.pieces(batch), {}, began)
+    about = {stored.ABOUT: stored.about(columns, dataset.plan.num_crops)}
+    return publish(dataset, columns, task, keys, packed.pieces(batch), about, began)
 
 
 def _values(
@@ -256,6 +267,19 @@ def all_pixels(images: list[bytes], crops: Sequence[Sequence[Crop]], side: int) 
     """`pixels` of each stored image, which are taken from the list."""
     for image, here in zip(taken(images), crops, strict=True):
         yield pixels(image, here, side)
+
+
+def all_encoded(images: list[bytes], crops: Sequence[Sequence[Crop]], side: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Each stored image, which is taken from the list, without metadata; and its crops int64 (n_crops, 5)."""
+    for image, here in zip(taken(images), crops, strict=True):
+        yield stored_images.bare(image), np.array([[c.top, c.left, c.height, c.width, c.hflip] for c in here])
+
+
+IMAGES: Mapping[str, Callable[[list[bytes], Sequence[Sequence[Crop]], int], Iterator[Any]]] = {
+    "pixels": all_pixels,
+    "images": all_encoded,
+}
+"""What makes the values of a kind of column from stored images, their crops and the side of the column."""
 
 
 def publish(

@@ -24,6 +24,7 @@ class PackBehind:
     root: str
     text_tokenizer: str
     pixels: int
+    encoded: bool
     columns: tuple[str, ...]
 
     def start(self, device: str) -> Work:
@@ -31,20 +32,25 @@ class PackBehind:
         dataset = Dataset(self.root)
 
         def work(task: Task) -> Report:
-            worker, tasks = pack.prepare(dataset, self.text_tokenizer, self.pixels, self.columns, (task.shard,))
+            worker, tasks = pack.prepare(
+                dataset, self.text_tokenizer, self.pixels, self.columns, (task.shard,), encoded=self.encoded
+            )
             return worker.start(device)(tasks[0]) if tasks else Report(task.shard, (), 0.0)
 
         return work
 
 
-def tokenize_and_pack(dataset: Dataset, plan: LabelPlan, text_tokenizer: str, pixels: int, **where: Any) -> Summary:
+def tokenize_and_pack(
+    dataset: Dataset, plan: LabelPlan, text_tokenizer: str, pixels: int, encoded: bool = False, **where: Any
+) -> Summary:
     """Run a plan of tokenizers, and pack every shard that has all of its tokens: equal to `pack` after `tokenize`."""
     columns = to_pack(dataset, plan)
     if not columns:
         raise ValueError("nothing to pack: every column of tokens or text is incomplete or comes from random weights")
     if any(isinstance(modalities.load(column), TextLike) for column in columns):
         pack.Vocabulary.of(text_tokenizer)  # missing, it is missed now and not after the first shard
-    worker = PackBehind(dataset.store.url, text_tokenizer, pixels, tuple(columns))
+    pack.image_columns(pixels, encoded)  # and what cannot be asked for is said now
+    worker = PackBehind(dataset.store.url, text_tokenizer, pixels, encoded, tuple(columns))
     tasks = [Task(shard, {CELL: ""}) for shard in dataset.committed("rgb")]
 
     def after(stages: Sequence[Stage]) -> list[Stage]:
