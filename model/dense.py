@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataengine.stored_images import StoredImage
 from model.budgets import Ints
 from model.spec import ModalitySpec
 
@@ -15,11 +16,13 @@ Dense = dict[str, list[tuple[int, Any]]]
 """By modality, (row of the batch, value) of pixels and embeddings that have any input."""
 
 
-def patches(spec: ModalitySpec, image: NDArray[Any], positions: Ints) -> NDArray[Any]:
+def patches(spec: ModalitySpec, image: NDArray[Any] | StoredImage, positions: Ints) -> NDArray[Any]:
     """Patches (K, p*p*C) at `positions` (K,) of the raster, flattened as row, column, channel, as ml-4m does.
 
-    image: uint8 (H, W, C), or float32 (C, H, W).
+    image: uint8 (H, W, C), stored or not, or float32 (C, H, W).
     """
+    if isinstance(image, StoredImage):
+        return image.patches(spec.patch_size, positions)
     size, side, channels = spec.patch_size, spec.side, spec.channels
     rows, columns = np.divmod(positions, side)
     if image.dtype == np.uint8:
