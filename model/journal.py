@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from model import measuring
 from model.settings import LoopConfig
 
 Metrics = dict[str, float]
@@ -39,7 +40,8 @@ def truncated(path: Path, done: int) -> Metrics:
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)
     last = json.loads(kept[-1])
-    return {name: value for name, value in last.items() if name not in ("step", "seconds")}
+    aside = ("step", "seconds")
+    return {n: v for n, v in last.items() if n not in aside and not n.startswith(measuring.PREFIX)}
 
 
 class Journal:
@@ -68,10 +70,11 @@ class Journal:
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(error is not None))
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """One line per call, on disk when it returns."""
+    def log(self, step: int, metrics: Metrics, measured: Metrics) -> None:
+        """One line per call, on disk when it returns; `measured` is what differs from run to run."""
         seconds = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps({"step": step, **metrics, "seconds": seconds}) + "\n")
+        self._file.write(json.dumps({"step": step, **metrics, "seconds": seconds, **measured}) + "\n")
+        metrics = metrics | measured
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:

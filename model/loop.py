@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model import journal, parallel, settings, snapshots
+from model import figures, journal, parallel, settings, snapshots
+from model.feeding import Feed
 from model.journal import Journal, Metrics
-from model.parallel import Processes
-from model.settings import LoopConfig
+from model.measuring import Meter, Work
+from model.parallel import Loss, Processes
+from model.saving import Saver
+from model.settings import LoopConfig, named_dtype
 from model.training import Outcome, State
 
-__all__ = ["Batch", "FitResult", "LoopConfig", "Metrics", "NonFiniteLoss", "fit"]
+__all__ = ["Batch", "FitResult", "LoopConfig", "Loss", "Metrics", "NonFiniteLoss", "Work", "fit"]
 
 
 class Batch(Protocol):
@@ -61,25 +65,32 @@ class FitResult:
 def fit(
     model: nn.Module,
     batch_at: Callable[[int], B],
-    loss: Callable[[nn.Module, B], tuple[Tensor, Metrics]],
+    loss: Loss,
     config: LoopConfig,
     out: Path,
     *,
     on_log: Callable[[int, Metrics], None] | None = None,
     evaluate: Evaluate | None = None,
     pictures: Pictures | None = None,
+    work: Callable[[B], Work] | None = None,
 ) -> FitResult:
     """Train `model` in place on `batch_at(0), batch_at(1), ...`; called again, go on from the last checkpoint.
 
     Step s takes the batches s * n .. s * n + n - 1, n being `config.batches_per_step`. `batch_at` must depend on its
-    argument alone: then a resumed run takes the very same steps as an undisturbed one. It runs in one background
-    thread, a batch ahead. A finished run is not trained again: its weights are loaded.
+    argument alone: then a resumed run takes the very same steps as an undisturbed one. It runs ahead of the training,
+    in one background thread or in `config.workers` processes. A finished run is not trained again: its weights are
+    loaded. SIGTERM ends the run after the step that is under way, with a checkpoint, as `config.max_seconds` does.
+
+    `loss` gives a scalar and figures by name: numbers, scalar tensors, or tensors (total, weight) for weighted means.
+    Give tensors, which are only read when they are logged, so that no step waits for the device because of them.
+    `work` says what a batch is (samples, tokens, operations), for the figures of speed; it runs where `batch_at` does.
 
     Among several processes each calls `fit` with the same arguments and a folder that all of them see, takes its share
     of every step's batches, and ends with the same weights; the first one logs, with means over all batches.
     `evaluate` and `pictures` get the model (averaged, where that is asked for) and the number of steps done, every so
     many steps and at the end; what they give is logged under the names they choose. They are called in the first
-    process only, but with "fsdp" in all, since its forward pass needs them all.
+    process only, but in all with "fsdp", since its forward pass needs them all, or if they say `in_all_processes`
+    (`model.evaluation.Heldout`).
     """
     out = Path(out)
     started = time.monotonic()
@@ -94,7 +105,7 @@ def fit(
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "loop.json").write_text(json.dumps(checked, indent=1) + "\n")
-    with _surroundings(config, processes):
+    with _surroundings(config, processes), _told_to_stop() as told:
         trained = parallel.Trained(
             model,
             loss,
@@ -104,6 +115,9 @@ def fit(
             recompute=config.recompute,
             compiled=config.compile,
             unused_parameters=config.unused_parameters,
+            sharding=parallel.Sharding(
+                config.reshard, named_dtype(config.gather_dtype), named_dtype(config.reduce_dtype)
+            ),
         )
         state = State(trained, processes, config)
         state.resume(out / "checkpoint")
@@ -113,7 +127,17 @@ def fit(
                 written = None
                 if processes.first:
                     written = stack.enter_context(Journal(out, config, state.done, on_log))
-                metrics = _Run(state, out, metrics, written, evaluate, pictures, started).train(batch_at)
+                saver = Saver(
+                    out / "checkpoint",
+                    config.keep_checkpoints,
+                    processes,
+                    sharded=trained.sharded,
+                    behind=config.async_checkpoints,
+                )
+                stack.enter_context(contextlib.closing(saver))
+                meter = Meter(processes.device, config.torch_dtype, config.peak_flops)
+                run = _Run(state, out, metrics, written, evaluate, pictures, started, saver, meter, told)
+                metrics = run.train(batch_at, work)
         state.finish()
     checkpoint = snapshots.path(out / "checkpoint", state.done)
     finished = state.done >= config.steps
@@ -131,58 +155,68 @@ class _Run:
     evaluate: Evaluate | None
     pictures: Pictures | None
     started: float
+    saver: Saver
+    meter: Meter
+    told: threading.Event
 
-    def train(self, batch_at: Callable[[int], B]) -> Metrics:
+    def train(self, batch_at: Callable[[int], B], work: Callable[[B], Work] | None) -> Metrics:
         """Take the steps that are left, or as many as time allows; the newest log line."""
         state, config = self.state, self.state.config
         state.model.train()
         n, processes = config.batches_per_step, state.processes
         mine = (s * n + i for s in range(state.done, config.steps) for i in range(processes.rank, n, processes.world))
-        with contextlib.closing(_prefetched(batch_at, mine)) as batches:
+        pin = processes.device.type == "cuda"
+        with Feed(batch_at, mine, workers=config.workers, pin=pin, work=work) as feed:
+            made = feed.with_work()
             while state.done < config.steps:
-                held = list(islice(batches, n // processes.world))
-                late = config.max_seconds is not None and time.monotonic() - self.started > config.max_seconds
-                lr = state.rate
-                outcome = state.step([batch.to(processes.device, non_blocking=True) for batch in held], late)
+                with self.meter.step():
+                    with self.meter.waiting():
+                        held = list(islice(made, n // processes.world))
+                    lr = state.rate
+                    batches = [fed.batch.to(processes.device, non_blocking=True) for fed in held]
+                    outcome = state.step(batches, self._late())
+                self.meter.add([fed.work for fed in held])
                 if outcome.broken:
-                    raise NonFiniteLoss(_keep_batch(self.out, state, held, outcome))
+                    raise NonFiniteLoss(_keep_batch(self.out, state, [fed.batch for fed in held], outcome))
                 self._report(lr, outcome)
                 if outcome.stop or self._due(config.checkpoint_every):
-                    state.save(self.out / "checkpoint")
+                    state.save(self.saver)
                 if outcome.stop:
                     break
         return self.metrics
 
+    def _late(self) -> bool:
+        limit = self.state.config.max_seconds
+        return self.told.is_set() or (limit is not None and time.monotonic() - self.started > limit)
+
     def _due(self, every: int) -> bool:
         return self.state.done % every == 0 or self.state.done == self.state.config.steps
 
+    def _called(self, watching: Evaluate | Pictures) -> bool:
+        processes = self.state.processes
+        return processes.first or self.state.trained.sharded or getattr(watching, "in_all_processes", False)
+
     def _report(self, lr: float, outcome: Outcome) -> None:
         config, processes, done = self.state.config, self.state.processes, self.state.done
-        called = processes.first or self.state.trained.sharded
         evaluating = self.evaluate is not None and self._due(config.evaluate_every)
         if evaluating or self._due(config.log_every):
-            parts = _means([part for held in processes.gathered(outcome.metrics) for part in held])
+            gathered = processes.gathered((figures.read(outcome.figures), self.meter.take()))
+            parts = figures.means([part for read, _ in gathered for part in read])
+            measured = self.meter.figures([taken for _, taken in gathered])
             scale = {"loss_scale": self.state.scaler.get_scale()} if self.state.scaler.is_enabled() else {}
             self.metrics = dict(loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, **scale, **parts)
-            if evaluating and called and self.evaluate is not None:
+            if evaluating and self.evaluate is not None and self._called(self.evaluate):
                 with self.state.for_others() as model:
                     self.metrics |= self.evaluate(model, done)
             if self.journal is not None:
-                self.journal.log(done, self.metrics)
-        if self.pictures is not None and called and self._due(config.pictures_every):
+                self.journal.log(done, self.metrics, measured)
+        if self.pictures is not None and self._called(self.pictures) and self._due(config.pictures_every):
             with self.state.for_others() as model:
                 shown = self.pictures(model, done)
             if self.journal is not None:
                 self.journal.show(done, shown)
         if self.journal is not None:
             self.journal.advance(done, outcome.loss)
-
-
-def _means(parts: Sequence[Metrics]) -> Metrics:
-    """The mean of each figure over the batches that have it."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    held = {name: [part[name] for part in parts if name in part] for name in names}
-    return {name: sum(values) / len(values) for name, values in held.items()}
 
 
 @contextlib.contextmanager
@@ -200,16 +234,18 @@ def _surroundings(config: LoopConfig, processes: Processes) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _prefetched(batch_at: Callable[[int], B], numbers: Iterable[int]) -> Generator[B, None, None]:
-    """The batches of those numbers in order, each made while the one before it is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        upcoming = None
-        for number in numbers:
-            ready, upcoming = upcoming, pool.submit(batch_at, number)
-            if ready is not None:
-                yield ready.result()
-        if upcoming is not None:
-            yield upcoming.result()
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGTERM, with which schedulers say that they take a machine back; only a main thread can listen."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _keep_batch(out: Path, state: State, batches: Sequence[Any], outcome: Outcome) -> str:
@@ -217,11 +253,14 @@ def _keep_batch(out: Path, state: State, batches: Sequence[Any], outcome: Outcom
     step, processes = state.done, state.processes
     suffix = f"-process-{processes.rank}" if processes.world > 1 else ""
     path = out / f"nonfinite-step-{step}{suffix}.pt"
-    batch = batches[outcome.finite.index(False) if False in outcome.finite else 0]
+    broken = outcome.finite.index(False) if False in outcome.finite else 0
+    batch, read = batches[broken], figures.read(outcome.figures)[broken]
+    names = figures.not_finite(read)
+    named = f" ({', '.join(names)} of this process's)" if names else ""
     kept = {"step": step, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "batch": _plain(batch)}
     torch.save(kept, path)
     return (
-        f"step {step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}, expected finite; "
+        f"step {step}: loss {outcome.loss}{named}, gradient norm {outcome.grad_norm}, expected finite; "
         f"the batch is kept in {path}"
     )
 

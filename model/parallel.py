@@ -18,14 +18,16 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from model.figures import Figures
+
 Mode = Literal["auto", "none", "ddp", "fsdp"]
-Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Figures]]
 T = TypeVar("T")
 
 # Longer than torch's own: the others wait while the first process evaluates.
@@ -89,9 +91,14 @@ def join(model: nn.Module, device: str | None) -> Processes:
         dist.init_process_group(backend, timeout=_PATIENCE)
         # Not at the end of one training: a second group would meet the first one's keys in torchrun's store.
         atexit.register(_leave)
+    return present(chosen)
+
+
+def present(device: torch.device) -> Processes:
+    """This process's place in the process group that is there, or alone."""
     if not dist.is_initialized():
-        return Processes(0, 1, chosen)
-    return Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        return Processes(0, 1, device)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _leave() -> None:
@@ -117,8 +124,27 @@ class _WithLoss(nn.Module):
         # Behind a function: a loss that is a module itself would become part of what is trained.
         self._loss: Loss = lambda network, batch: loss(network, batch)
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Any) -> tuple[Tensor, Figures]:
         return self._loss(self.model, batch)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How "fsdp" exchanges weights: see `LoopConfig`."""
+
+    reshard: bool = True
+    gathered: torch.dtype = torch.float32
+    reduced: torch.dtype = torch.float32
+
+    def shard(self, module: nn.Module, mesh: DeviceMesh) -> FSDPModule:
+        """Shard the parameters of a module that are not sharded yet."""
+        # What a module is given stays as it is: autocast decides what it computes in, as without sharding.
+        precision = MixedPrecisionPolicy(
+            param_dtype=None if self.gathered == torch.float32 else self.gathered,
+            reduce_dtype=self.reduced,
+            cast_forward_inputs=False,
+        )
+        return fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=self.reshard)
 
 
 class Trained:
@@ -138,6 +164,7 @@ class Trained:
         recompute: bool,
         compiled: bool,
         unused_parameters: bool,
+        sharding: Sharding,
     ) -> None:
         self.sharded = mode == "fsdp"
         # The caller gets the whole model back in the end, and torch has no way to undo the sharding.
@@ -153,9 +180,9 @@ class Trained:
         if self.sharded:
             mesh = init_device_mesh(processes.device.type, (processes.world,))
             for block in reversed(_named(self.model, blocks)):  # inner ones first
-                fully_shard(block, mesh=mesh)
+                sharding.shard(block, mesh)
             # Processes whose batches use other modalities must still exchange the same gradients.
-            fully_shard(inner, mesh=mesh).set_reduce_scatter_unused_params(unused_parameters)
+            sharding.shard(inner, mesh).set_reduce_scatter_unused_params(unused_parameters)
         if compiled:
             inner.compile()
         self._inner = inner
@@ -171,8 +198,8 @@ class Trained:
                 gradient_as_bucket_view=True,
             )
 
-    def __call__(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch on the device, a scalar, and the loss function's own metrics."""
+    def __call__(self, batch: Any) -> tuple[Tensor, Figures]:
+        """The loss of a batch on the device, a scalar, and the loss function's own figures."""
         value, metrics = self._outer(batch)
         return value, metrics
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Weights = dict[str, dict[str, Tensor]]
@@ -57,29 +58,51 @@ def newest(folder: Path) -> int | None:
     return max(steps(folder), default=None)
 
 
+def partial(folder: Path, step: int) -> Path:
+    """Where the parts of a checkpoint lie until it is whole."""
+    return folder / f".partial-{step}"
+
+
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the parts of a checkpoint, invisible to readers until `publish`."""
-    partial = folder / f".partial-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+    made = partial(folder, step)
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    return made
 
 
 def write(partial: Path, weights: Weights, rest: dict[str, Any]) -> None:
     """`<name>.safetensors` for each set of weights that is not empty, and state.pt for the rest."""
     for name, tensors in weights.items():
         if tensors:
-            (partial / f"{name}.safetensors").write_bytes(safetensors_bytes(tensors))
+            save_file(_apart(tensors), partial / f"{name}.safetensors")
     torch.save(rest, partial / "state.pt")
 
 
-def write_shards(partial: Path, weights: Weights) -> None:
-    """A folder `<name>` for each set of weights, where every process of the run writes the parts it holds."""
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, whole and each in its own memory, without copying those that are so already."""
+    seen: set[int] = set()
+    out = {}
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(storage.data_ptr())
+        out[name] = value
+    return out
+
+
+def write_shards(partial: Path, weights: Weights, group: ProcessGroup | None = None) -> None:
+    """A folder `<name>` for each set of weights, where every process of the run writes the parts it holds.
+
+    `group` is of all processes; None is the one of all.
+    """
     import torch.distributed.checkpoint as dcp
 
     for name, tensors in weights.items():
         writer = dcp.HuggingFaceStorageWriter(str(partial / name), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
 
 
 def publish(folder: Path, step: int) -> None:
@@ -87,7 +110,7 @@ def publish(folder: Path, step: int) -> None:
     final = path(folder, step)
     if final.exists():
         shutil.rmtree(final)
-    (folder / f".partial-{step}").rename(final)
+    partial(folder, step).rename(final)
 
 
 def read(folder: Path, step: int, device: str) -> tuple[Weights, dict[str, Any]]:
@@ -149,5 +172,5 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what an interrupted `write` left."""
     for step in steps(folder)[:-keep]:
         shutil.rmtree(path(folder, step))
-    for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial)
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left)

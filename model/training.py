@@ -12,21 +12,22 @@ import torch
 from torch import nn
 
 from model import optim, snapshots
+from model.figures import Figures, detached
 from model.parallel import Processes, Trained, full
+from model.saving import Saver
 from model.settings import LoopConfig
-
-Metrics = dict[str, float]
 
 
 class Outcome(NamedTuple):
-    """What a step measured: the mean loss of all its batches, the gradient's norm before clipping, and own metrics.
+    """What a step measured: the mean loss of all its batches, the gradient's norm before clipping, and own figures.
 
-    `metrics` and `finite` (whether the loss is) have an entry for each batch of this process alone.
+    `figures` and `finite` (whether the loss is) have an entry for each batch of this process alone; figures may still
+    be on the device.
     """
 
     loss: float
     grad_norm: float
-    metrics: list[Metrics]
+    figures: list[Figures]
     finite: list[bool]
     stop: bool
     broken: bool
@@ -69,14 +70,14 @@ class State:
         device = self.processes.device
         optim.set_rate(self.optimizer, self.rate)
         self.optimizer.zero_grad(set_to_none=True)
-        values, metrics = [], []
+        values, figures = [], list[Figures]()
         for i, batch in enumerate(batches):
             with self.trained.step(last=i + 1 == len(batches)):
                 with torch.autocast(device.type, self.config.torch_dtype, enabled=self.config.dtype != "float32"):
                     value, parts = self.trained(batch)
                 self.scaler.scale(value / len(batches)).backward()
             values.append(value.detach().float())
-            metrics.append(parts)
+            figures.append(detached(parts))
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
         norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
@@ -95,7 +96,7 @@ class State:
         # At a factor of 1 it is not the factor that makes a gradient infinite.
         broken = not math.isfinite(loss) or not (math.isfinite(grad_norm) or scale > 1)
         finite = [] if not broken else [bool(v.isfinite()) for v in values]
-        return Outcome(loss, grad_norm, metrics, finite, stops > 0, broken)
+        return Outcome(loss, grad_norm, figures, finite, stops > 0, broken)
 
     @contextlib.contextmanager
     def for_others(self) -> Iterator[nn.Module]:
@@ -121,24 +122,14 @@ class State:
         self.model.eval()
         self.trained.give_back()
 
-    def save(self, folder: Path) -> None:
-        """One checkpoint; older ones beyond the number to keep are deleted after it."""
+    def save(self, saver: Saver) -> None:
+        """One checkpoint."""
         rest = {
             "averaged": None if self.average is None else self.average.updates,
             "scaler": self.scaler.state_dict(),
             "processes": self.processes.gathered(self._random()),
         }
-        if self.processes.first:
-            partial = snapshots.begin(folder, self.done)
-            snapshots.write(partial, {} if self.trained.sharded else self._tensors(), rest)
-        self.processes.wait()
-        if self.trained.sharded:
-            snapshots.write_shards(folder / f".partial-{self.done}", self._tensors())
-            self.processes.wait()
-        if self.processes.first:
-            snapshots.publish(folder, self.done)
-            snapshots.prune(folder, self.config.keep_checkpoints)
-        self.processes.wait()
+        saver.save(self.done, self._tensors(), rest)
 
     def resume(self, folder: Path) -> None:
         """Load the newest checkpoint, if there is one, as written by any number of processes."""

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,10 @@ def failing_at(stop: int) -> Callable[[int], Pair]:
 
 def lines(out: Path) -> list[dict[str, float]]:
     read = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in read]
+    return [
+        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("run/")}
+        for line in read
+    ]
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
@@ -370,8 +373,14 @@ def test_wandb_gets_what_the_log_gets_and_one_run_per_folder(tmp_path: Path, mon
     fit(Net(), batch_at, squared, replace(CONFIG, wandb="trial"), tmp_path)
     assert [call.kwargs["id"] for call in fake.init.call_args_list] == [None, "abc"]
     assert {call.kwargs["project"] for call in fake.init.call_args_list} == {"trial"}
+    assert fake.init.call_args.kwargs["config"] == asdict(replace(CONFIG, wandb="trial"))
+    assert (tmp_path / "wandb-id").read_text() == "abc"
     last = fake.init.return_value.log.call_args
-    assert (last.kwargs["step"], last.args[0]) == (20, {k: v for k, v in lines(tmp_path)[-1].items() if k != "step"})
+    written = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last.kwargs["step"] == written.pop("step") == 20
+    assert written.pop("seconds") >= 0
+    assert last.args[0] == written
+    assert {"loss", "lr", "grad_norm", "root", "run/data_wait", "run/memory_gb"} <= written.keys()
     assert fake.init.return_value.finish.call_args_list == [mock.call(exit_code=1), mock.call(exit_code=0)]
 
 
