@@ -20,6 +20,8 @@ from dataengine.geometry import Crop, crop_map
 _AS_IT_LIES = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _FEW = 30
 """Patches up to which resizing them alone is quicker than resizing the crop; of 16 pixels, from 360 x 360 to 224."""
+_OFTEN = 1 << 20
+"""Pixels of an image up to which it is kept decoded for a while: 3 MB."""
 _LONGEST = 1024
 """Pixels of a crop's side up to which its patches are resized alone: the weights are found in a square of them."""
 
@@ -76,7 +78,7 @@ def bare(data: bytes) -> bytes:
 
 
 def decoded(data: bytes) -> np.ndarray:
-    """RGB uint8 (h, w, 3) as `codecs.decode_rgb` has it.
+    """RGB uint8 (h, w, 3), not to be written to, as `codecs.decode_rgb` has it.
 
     By OpenCV where both decoders are libjpeg-turbo and agree in every bit: JPEGs of 8 bits, one component or three.
     """
@@ -86,11 +88,21 @@ def decoded(data: bytes) -> np.ndarray:
         except (EOFError, ValueError) as error:
             raise ValueError(f"no readable image in {len(data)} bytes that begin {data[:8]!r}: {error}") from error
         if header.precision == 8 and header.components in (1, 3):
-            rgb = cv2.imdecode(np.frombuffer(header.bare, np.uint8), _AS_IT_LIES)
+            # A sample is often read several times in a row, under other crops.
+            often = header.size[0] * header.size[1] <= _OFTEN
+            rgb = (_by_opencv if often else _by_opencv.__wrapped__)(header.bare)
             if rgb is not None and rgb.shape == (header.size[1], header.size[0], 3):
                 return rgb
     # And what OpenCV cannot decode, Pillow can or says why not.
     return codecs.decode_rgb(data)
+
+
+@functools.lru_cache(8)
+def _by_opencv(data: bytes) -> np.ndarray | None:
+    rgb = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_IT_LIES)
+    if rgb is not None:
+        rgb.flags.writeable = False
+    return rgb
 
 
 def check(data: bytes, crops: np.ndarray) -> None:
