@@ -46,8 +46,7 @@ class Disk:
             with suppress(FileNotFoundError):  # deleted since the folder was read
                 if _listed(entry):
                     there = entry.stat()
-                    tag = f"{there.st_mtime_ns:x}-{there.st_size:x}-{there.st_ino:x}"
-                    out.append(Entry(entry.name, there.st_size, tag))
+                    out.append(Entry(entry.name, there.st_size, tag_of(there)))
         return sorted(out)
 
     def files(self, folder: str) -> list[str]:
@@ -142,6 +141,11 @@ class Disk:
             if isinstance(error, FileNotFoundError) and not missing:
                 raise
             raise told(operation, f"{self._base}/{path}", error) from error
+
+
+def tag_of(there: os.stat_result) -> str:
+    """What changes with a file: the tag that `entries` gives."""
+    return f"{there.st_mtime_ns:x}-{there.st_size:x}-{there.st_ino:x}"
 
 
 def _listed(entry: os.DirEntry[str]) -> bool:

@@ -18,6 +18,9 @@ MAX_OPEN = 512
 MAX_HELD = 64
 """Of these, copies in a cache: what a process has open takes room there for as long."""
 
+MAX_TARS = 16
+"""Shards of tars that a process has open at once: each has a descriptor for every modality."""
+
 _DOWNLOADS = 2  # at a time, beside those that are waited for; each has several requests under way
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,9 @@ here = Open(MAX_OPEN)
 held = Open(MAX_HELD)
 """Copies in a cache."""
 
+tars = Open(MAX_TARS)
+"""Tars of ml-4m, wherever they are."""
+
 
 class Downloads:
     """Threads that fetch copies before they are needed; nobody waits for them, and they end with the process."""
@@ -111,6 +117,7 @@ def _after_fork() -> None:
     downloads = Downloads()  # its threads are not here
     here.after_fork()
     held.after_fork()
+    tars.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

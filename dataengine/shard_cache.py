@@ -128,7 +128,7 @@ class ShardCache:
             )
         with self._telling(remote):
             self.base.mkdir(parents=True, exist_ok=True)
-            with _locked(self._lock(remote.digest), wait=not ahead) as mine:
+            with locked(self._lock(remote.digest), wait=not ahead) as mine:
                 return self.has(remote) or (mine and self._download(remote, ahead))
 
     def num_bytes(self) -> int:
@@ -163,7 +163,7 @@ class ShardCache:
 
     def _reserve(self, remote: Remote, partial: Path, ahead: bool) -> bool:
         """Make room for a download, whose file is given its size at once so that others count it; False if none is."""
-        with _locked(self.base / "locks" / "budget"):
+        with locked(self.base / "locks" / "budget"):
             files = self._files()
             room = self._limit() - sum(size for _, size, _ in files) - remote.num_bytes
             done = sorted((path.suffix, used, path, size) for path, size, used in files if path.suffix != _PARTIAL)
@@ -196,7 +196,7 @@ class ShardCache:
                     if not entry.is_file():
                         continue
                     if path.suffix == _PARTIAL:
-                        with _locked(self._lock(path.stem), wait=False) as abandoned:
+                        with locked(self._lock(path.stem), wait=False) as abandoned:
                             if abandoned:
                                 path.unlink()
                                 continue
@@ -269,7 +269,7 @@ def _sha256(handle: int) -> str:
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a file, which is made if need be; False where somebody else has it and it is not waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
