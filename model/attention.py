@@ -1,21 +1,21 @@
 """Attention without padding: the tokens of a batch lie in one row, and each group of them attends on its own.
 
-A group is a run of queries and the run of keys that it sees: those of one sample, or of one modality of a sample.
+A group is a run of queries and the run of keys that it sees: those of one sample, or of one modality of a sample. Each
+query sees the first keys of its group, so that no mask of the whole row is ever made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 # Seconds as measured on one core of an AVX-512 machine in float32, forward and backward: of a call of the kernel, of a
 # score and of moving an element, per channel; and by how much a mask slows the kernel down.
@@ -42,149 +42,155 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None =
 
 @dataclass(frozen=True)
 class Group:
-    """So many queries over so many keys, all of them, or as `mask` (N, M) says, or only those up to the own one."""
+    """So many queries over so many keys: query i sees all of them, or with `causal` i + 1, or the first `reach[i]`."""
 
     queries: int
     keys: int
     causal: bool = False
-    mask: NDArray[np.bool_] | None = None
+    reach: NDArray[np.int64] | None = None
 
     @classmethod
-    def by_mask(cls, mask: NDArray[np.bool_]) -> Group:
-        """The group of a mask (N, M), which is kept only where no name says the same."""
-        queries, keys = mask.shape
-        if mask.all():
-            return cls(queries, keys)
-        if queries == keys and bool((mask == np.tri(queries, dtype=bool)).all()):
-            return cls(queries, keys, causal=True)
-        return cls(queries, keys, mask=mask)
+    def by_reach(cls, reach: NDArray[np.int64], keys: int) -> Group:
+        """The group whose query i sees the first reach[i] keys; the numbers are kept only where no name says them."""
+        if (reach == keys).all():
+            return cls(len(reach), keys)
+        if len(reach) == keys and bool((reach == np.arange(1, keys + 1)).all()):
+            return cls(len(reach), keys, causal=True)
+        return cls(len(reach), keys, reach=reach)
 
     @property
     def shape(self) -> tuple[int, int, bool, bool]:
         """Groups of one shape can go through a kernel together."""
-        return self.queries, self.keys, self.causal, self.mask is not None
+        return self.queries, self.keys, self.causal, self.reach is not None
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """How many keys each query sees (N,)."""
+        if self.reach is not None:
+            return self.reach
+        return np.arange(1, self.queries + 1) if self.causal else np.full(self.queries, self.keys)
+
+
+class Attend(Protocol):
+    """Attention of queries to keys when it is settled who sees whom."""
+
+    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, /) -> Tensor:
+        """Queries (T, H, K) over keys and values (S, H, K) to (T, H, K)."""
+
+
+def planned(
+    groups: Sequence[Group], device: torch.device, dtype: torch.dtype, channels: int, *, compiled: bool = False
+) -> Attend:
+    """How T queries see S keys, both in one row, group after group; made once for a batch and used by all layers.
+
+    On the CPU each group is one call of the fused kernel, on slices; where groups are so small that calls cost more
+    than padding, or inside a graph of torch.compile, which must not depend on their number, all are one call with
+    masks, on queries and keys padded for that call alone. On CUDA in half precision all are one call of the
+    variable-length kernel, if every query of a group sees all its keys or the keys are causal; in other precisions,
+    and for other reaches, one call of FlexAttention. The CUDA ways are tested against their documented meaning only.
+    """
+    real = [group for group in groups if group.queries]
+    if not (real and sum(group.keys for group in groups)):
+        return Nothing()
+    if device.type == "cuda":
+        from model import kernels  # imports a compiler: hundreds of megabytes and seconds
+
+        if dtype in (torch.float16, torch.bfloat16) and all(group.reach is None for group in groups):
+            return kernels.ByLengths(groups, device)
+        return kernels.ByBlocks(groups, device)
+    if device.type == "cpu" and not compiled:
+        fixed, rising = _costs(groups)
+        if fixed <= rising * channels:
+            return BySlices(groups, device)
+    return ByPadding(groups, device)
 
 
 class Groups:
-    """How T queries see S keys, both in one row, group after group; made once for a batch and used by all layers.
-
-    On the CPU each group is one call of the fused kernel, on slices. On a GPU in half precision all are one call of the
-    variable-length kernel, if no group needs a mask. Else, and where groups are so small that calls cost more than
-    padding, all are one call of the fused kernel with masks, on queries and keys padded for that call alone.
-    """
+    """The way of `planned`, chosen when the first layer attends; not for graphs of torch.compile."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self.groups, self.device = tuple(groups), device
+        self._groups, self._device = groups, device
+        self._attend: Attend | None = None
 
-    def attend(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
+    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
         """(T, H, K)."""
-        if not (len(q_THK) and len(k_SHK)):
-            return q_THK
-        if self.device.type == "cpu":
-            by_slices = self._costs[0] <= self._costs[1] * q_THK.shape[1] * q_THK.shape[2]
-            return (self._by_slices if by_slices else self._by_padding)(q_THK, k_SHK, v_SHK)
-        if q_THK.dtype in (torch.float16, torch.bfloat16) and not any(group.mask is not None for group in self.groups):
-            return self._by_lengths(q_THK, k_SHK, v_SHK)
-        return self._by_padding(q_THK, k_SHK, v_SHK)
+        if self._attend is None:
+            self._attend = planned(self._groups, self._device, q_THK.dtype, q_THK.shape[1:].numel())
+        return self._attend(q_THK, k_SHK, v_SHK)
 
-    @cached_property
-    def _costs(self) -> tuple[float, float]:
-        """Seconds on a CPU core, forward and backward: of the calls by slices, and per channel of what padding adds."""
-        real = sum(group.queries * group.keys for group in self.groups)
-        longest_q, longest_k = self._longest
-        computed = len(self.groups) * longest_q * longest_k * _MASKED
-        moved = len(self.groups) * (longest_q + 2 * longest_k)
-        return _CALL * len(self._runs), _SCORE * (computed - real) + _MOVED * moved
 
-    @property
-    def _longest(self) -> tuple[int, int]:
-        return max(group.queries for group in self.groups), max(group.keys for group in self.groups)
+def firsts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """Where the queries and the keys of each group begin, and at last where they end."""
+    return [0, *accumulate(group.queries for group in groups)], [0, *accumulate(group.keys for group in groups)]
 
-    def _by_slices(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
+
+def _costs(groups: Sequence[Group]) -> tuple[float, float]:
+    """Seconds on a CPU core, forward and backward: of the calls by slices, and per channel of what padding adds."""
+    real = sum(group.queries * group.keys for group in groups)
+    longest_q, longest_k = _longest(groups)
+    computed = len(groups) * longest_q * longest_k * _MASKED
+    moved = len(groups) * (longest_q + 2 * longest_k)
+    calls = sum(1 for _ in groupby(groups, key=lambda group: group.shape))
+    return _CALL * calls, _SCORE * (computed - real) + _MOVED * moved
+
+
+def _longest(groups: Sequence[Group]) -> tuple[int, int]:
+    return max(group.queries for group in groups), max(group.keys for group in groups)
+
+
+class Nothing:
+    """No query, or no key: the queries themselves."""
+
+    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
+        """(T, H, K)."""
+        return q_THK
+
+
+class BySlices:
+    """One call of the fused kernel for each run of neighbours of one shape."""
+
+    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+        self.runs: list[tuple[Group, int, Tensor | None]] = []  # one of them, how many, their masks (count, 1, N, M)
+        for _, members in groupby(groups, key=lambda group: group.shape):
+            same = list(members)
+            masks = [np.arange(group.keys) < group.ends[:, None] for group in same if group.reach is not None]
+            mask = torch.from_numpy(np.stack(masks)[:, None]).to(device) if masks else None
+            self.runs.append((same[0], len(same), mask))
+        self.q_sizes = [count * group.queries for group, count, _ in self.runs]
+        self.k_sizes = [count * group.keys for group, count, _ in self.runs]
+
+    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
+        """(T, H, K)."""
         # split, not slices: its backward is one concatenation, that of a slice a whole tensor of zeros.
-        q_parts = q_THK.split([count * group.queries for group, count, _ in self._runs])
-        k_parts, v_parts = (x.split([count * group.keys for group, count, _ in self._runs]) for x in (k_SHK, v_SHK))
+        q_parts, k_parts, v_parts = q_THK.split(self.q_sizes), k_SHK.split(self.k_sizes), v_SHK.split(self.k_sizes)
         done = []
-        for (group, count, mask), q, k, v in zip(self._runs, q_parts, k_parts, v_parts, strict=True):
+        for (group, count, mask), q, k, v in zip(self.runs, q_parts, k_parts, v_parts, strict=True):
             if group.queries:
                 q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
                 done.append(attend(q, k, v, mask, group.causal).transpose(1, 2).flatten(0, 1))
         return torch.cat(done)
 
-    @cached_property
-    def _runs(self) -> list[tuple[Group, int, Tensor | None]]:
-        """Neighbours of one shape together: one of them, how many, and their masks (count, 1, N, M)."""
-        runs = []
-        for _, members in groupby(self.groups, key=lambda group: group.shape):
-            same = list(members)
-            masks = [group.mask for group in same if group.mask is not None]
-            mask = torch.from_numpy(np.stack(masks)[:, None]).to(self.device) if masks else None
-            runs.append((same[0], len(same), mask))
-        return runs
 
-    def _by_lengths(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
-        done = []
-        for causal, (q_index, k_index, q_ends, k_ends, longest_q, longest_k) in self._lengths.items():
-            q, k, v = q_THK, k_SHK, v_SHK
-            if len(self._lengths) > 1:
-                q, k, v = (x.index_select(0, i) for x, i in ((q, q_index), (k, k_index), (v, k_index)))
-            window = (-1, 0) if causal else (-1, -1)
-            y = varlen_attn(q, k, v, q_ends, k_ends, longest_q, longest_k, window_size=window)
-            assert isinstance(y, Tensor)
-            done.append(y)
-        if len(done) == 1:
-            return done[0]
-        order = torch.cat([index for index, *_ in self._lengths.values()])
-        return torch.cat(done).index_select(0, order.argsort())
+class ByPadding:
+    """One call of the fused kernel with masks, on queries and keys padded to the longest group."""
 
-    @cached_property
-    def _lengths(self) -> dict[bool, tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
-        """Causal or not: which queries and keys, where each group of them ends, the longest group's lengths."""
-        found = {}
-        q_first, k_first = self._firsts
-        for causal in sorted({group.causal for group in self.groups}):
-            rows = [i for i, group in enumerate(self.groups) if group.causal == causal]
-            parts: list[Tensor] = []
-            ends: list[Tensor] = []
-            longest: list[int] = []
-            for first, lengths in (
-                (q_first, [group.queries for group in self.groups]), (k_first, [group.keys for group in self.groups])
-            ):  # fmt: skip
-                index = np.concatenate([np.arange(first[i], first[i] + lengths[i]) for i in rows])
-                parts.append(torch.from_numpy(index).to(self.device))
-                until = [0, *accumulate(lengths[i] for i in rows)]
-                ends.append(torch.tensor(until, dtype=torch.int32, device=self.device))
-                longest.append(max(lengths[i] for i in rows))
-            found[causal] = (parts[0], parts[1], ends[0], ends[1], longest[0], longest[1])
-        return found
-
-    def _by_padding(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
-        q_index, k_index, mask, back = self._padding
-        q, k, v = (x[i].transpose(1, 2) for x, i in ((q_THK, q_index), (k_SHK, k_index), (v_SHK, k_index)))
-        return attend(q, k, v, mask).transpose(1, 2).flatten(0, 1).index_select(0, back)
-
-    @cached_property
-    def _padding(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of queries (G, N) and keys (G, M), who sees whom (G, 1, N, M), and where each query went (T,)."""
-        longest_q, longest_k = self._longest
-        q_first, k_first = self._firsts
-        shape = (len(self.groups), longest_q, longest_k)
+    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+        longest_q, longest_k = _longest(groups)
+        q_first, k_first = firsts(groups)
+        shape = (len(groups), longest_q, longest_k)
         q_index, k_index = np.zeros(shape[:2], np.int64), np.zeros((shape[0], longest_k), np.int64)
         mask, back = np.zeros(shape, bool), []
-        for i, group in enumerate(self.groups):
+        for i, group in enumerate(groups):
             q_index[i, : group.queries] = q_first[i] + np.arange(group.queries)
             k_index[i, : group.keys] = k_first[i] + np.arange(group.keys)
-            seen = np.tri(group.queries, group.keys, dtype=bool) if group.causal else group.mask
-            mask[i, : group.queries, : group.keys] = True if seen is None else seen
+            mask[i, : group.queries] = np.arange(longest_k) < group.ends[:, None]
             mask[i, group.queries :] = True  # what fills up sees something, for a row without keys has no softmax
             back.append(i * longest_q + np.arange(group.queries))
         arrays = (q_index, k_index, mask[:, None], np.concatenate(back))
-        q_rows, k_rows, visible, places = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return q_rows, k_rows, visible, places
+        self.q_index, self.k_index, self.mask, self.back = (torch.from_numpy(array).to(device) for array in arrays)
 
-    @property
-    def _firsts(self) -> tuple[list[int], list[int]]:
-        return (
-            [0, *accumulate(group.queries for group in self.groups)],
-            [0, *accumulate(group.keys for group in self.groups)],
-        )
+    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
+        """(T, H, K)."""
+        rows = ((q_THK, self.q_index), (k_SHK, self.k_index), (v_SHK, self.k_index))
+        q, k, v = (x[index].transpose(1, 2) for x, index in rows)
+        return attend(q, k, v, self.mask).transpose(1, 2).flatten(0, 1).index_select(0, self.back)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Groups
+from model.attention import Attend
 
 # T queries and S keys of a whole batch in one row, D width, H heads, K head width
 
@@ -65,8 +65,8 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(dim // num_heads, bias=norm_bias) if qk_norm else None
         self.k_norm = LayerNorm(dim // num_heads, bias=norm_bias) if qk_norm else None
 
-    def forward(self, x_TD: Tensor, groups: Groups, context_SD: Tensor | None = None) -> Tensor:
-        """(T, D); `groups` says who sees whom."""
+    def forward(self, x_TD: Tensor, attend: Attend, context_SD: Tensor | None = None) -> Tensor:
+        """(T, D); `attend` knows who sees whom."""
         if context_SD is None:
             q_THK, k_SHK, v_SHK = self._heads(self.qkv(x_TD), 3)
         else:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_THK = self.q_norm(q_THK).to(v_SHK.dtype)
             k_SHK = self.k_norm(k_SHK).to(v_SHK.dtype)
-        return self.proj(groups.attend(q_THK, k_SHK, v_SHK).flatten(1))
+        return self.proj(attend(q_THK, k_SHK, v_SHK).flatten(1))
 
     def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
         return packed.unflatten(-1, (parts, self.num_heads, -1)).unbind(1)
@@ -96,9 +96,9 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, bias=norm_bias)
         self.mlp = Mlp(dim, hidden, act=act, gated=gated, bias=mlp_bias)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(T, D) to (T, D)."""
-        x = x + self.attn(self.norm1(x), groups)
+        x = x + self.attn(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -122,7 +122,7 @@ class DecoderBlock(nn.Module):
         self.norm2 = LayerNorm(dim, bias=norm_bias)
         self.mlp = Mlp(dim, hidden, act=act, gated=gated, bias=mlp_bias)
 
-    def forward(self, x: Tensor, context: Tensor, own: Groups, cross: Groups) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, own: Attend, cross: Attend) -> Tensor:
         """(T, D) queries and (S, D) context to (T, D)."""
         x = x + self.self_attn(self.norm1(x), own)
         x = x + self.cross_attn(self.query_norm(x), cross, self.context_norm(context))

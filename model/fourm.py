@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.attention import Group, Groups
+from model import layout
+from model.attention import Attend, Group, planned
 from model.blocks import ACTIVATIONS, Block, DecoderBlock, LayerNorm
 from model.embeddings import IdEmbedding, PixelEmbedding, TargetEmbedding, VectorEmbedding, encoder_embedding
 from model.masking import MaskedBatch
@@ -144,6 +143,7 @@ class FourM(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, dim))
+        self._compiled = False
         self.init_weights(torch.Generator().manual_seed(seed))
 
     @classmethod
@@ -165,55 +165,67 @@ class FourM(nn.Module):
         "mod": the mean over output modalities of each one's mean, modalities without a target counting as 0 (ml-4m's
         default). "token": the mean over all targets.
         """
-        hidden, slots = self._decoded(batch, self.encode(batch))
-        targets, modality = batch.dec_targets.flatten()[slots], batch.dec_mod.flatten()[slots]
-        names = {name: m for m, name in enumerate(batch.modalities)}
+        hidden, where = self._hidden(batch, self.encode(batch))
+        parts = hidden.index_select(0, where.scored).split(where.sizes)
+        targets = batch.dec_targets.flatten()[where.slots].split(where.sizes)
+        found = dict(zip(where.names, zip(parts, targets, strict=True), strict=True))
         losses: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
         for spec in self.specs_out:
-            index = (modality == names.get(spec.name, len(names))).nonzero().squeeze(1)
-            counts[spec.name] = len(index)
-            if len(index):
-                scores = self.logits(hidden.index_select(0, index), spec.name)
-                losses[spec.name] = F.cross_entropy(scores.float(), targets.index_select(0, index))
+            if spec.name in found:
+                part, wanted = found[spec.name]
+                losses[spec.name] = F.cross_entropy(self.logits(part, spec.name).float(), wanted)
             else:
                 losses[spec.name] = hidden.new_zeros((), dtype=torch.float32)
+        counts = {name: len(found[name][1]) if name in found else 0 for name in losses}
         return Output(_total(losses, counts, loss), losses, counts)
 
     def encode(self, batch: MaskedBatch) -> Context:
         """Encoder output projected for the decoder; a sample without inputs has its registers, else one zero token."""
-        real = batch.enc_mod >= 0
-        registers = self.config.num_register_tokens
-        if registers:
-            real = torch.cat([real.new_ones(len(real), registers), real], dim=1)
-        else:
-            empty = ~real.any(dim=1, keepdim=True)
-            real = torch.cat([real[:, :1] | empty, real[:, 1:]], dim=1)
-        lengths = tuple(real.sum(dim=1).tolist())
-        content, place = self._embed_inputs(batch, real)
-        groups = Groups([Group(length, length) for length in lengths], content.device)
-        x_SD = content + place
-        for block in self.encoder:
-            x_SD = block(x_SD, groups)
-        return Context(self.decoder_proj_context(self.encoder_norm(x_SD)) + place, lengths)
+        where = layout.inputs(batch, self.config.num_register_tokens)
+        content, place = self._embed_inputs(batch, where)
+        return Context(self._encoded(content, place, self._planned(where.groups, content)), where.lengths)
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
         """Hidden states (B, M, D) at the decoder tokens, ready for `logits`; zero at padding."""
-        hidden, slots = self._decoded(batch, context)
+        hidden, where = self._hidden(batch, context)
         whole = hidden.new_zeros(batch.dec_mod.numel(), hidden.shape[1])
-        return whole.index_copy(0, slots, hidden).view(*batch.dec_mod.shape, -1)
+        return whole.index_copy(0, where.places, hidden).view(*batch.dec_mod.shape, -1)
 
-    def _decoded(self, batch: MaskedBatch, context: Context) -> tuple[Tensor, Tensor]:
-        """Hidden states (T, D) of the real decoder tokens, and their places in the flat batch (T,)."""
-        order, groups, lengths = self._decoder_groups(batch)
-        device = batch.dec_mod.device
-        slots = torch.from_numpy(order).to(device)
-        own = Groups(groups, device)
-        cross = Groups([Group(n, m) for n, m in zip(lengths, context.lengths, strict=True)], device)
-        y_TD = self._embed_targets(batch, slots)
+    def _hidden(self, batch: MaskedBatch, context: Context) -> tuple[Tensor, layout.Targets]:
+        """Hidden states (T, D) of the real decoder tokens, and where those are."""
+        config = self.config
+        where = layout.targets(batch, causal=config.decoder_causal_mask, separate=config.decoder_sep_mask)
+        y_TD = self._embed_targets(batch, where)
+        own = self._planned(where.groups, y_TD)
+        cross = [Group(n, m) for n, m in zip(where.lengths, context.lengths, strict=True)]
+        return self._decoded(y_TD, context.tokens, own, self._planned(cross, y_TD)), where
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the encoder's and the decoder's layers, one graph each; the arguments are those of `torch.compile`.
+
+        Lengths are dynamic unless `dynamic` says otherwise. What depends on the data, which tokens there are and who
+        sees whom, stays outside: a batch of another size takes the same graph.
+        """
+        options = {"dynamic": True} | kwargs
+        self._encoded = torch.compile(self._encoded, *args, **options)  # type: ignore[method-assign]
+        self._decoded = torch.compile(self._decoded, *args, **options)  # type: ignore[method-assign]
+        self._compiled = True
+
+    def _encoded(self, content_SD: Tensor, place_SD: Tensor, attend: Attend) -> Tensor:
+        x_SD = content_SD + place_SD
+        for block in self.encoder:
+            x_SD = block(x_SD, attend)
+        return self.decoder_proj_context(self.encoder_norm(x_SD)) + place_SD
+
+    def _decoded(self, y_TD: Tensor, context_SD: Tensor, own: Attend, cross: Attend) -> Tensor:
         for block in self.decoder:
-            y_TD = block(y_TD, context.tokens, own, cross)
-        return self.decoder_norm(y_TD), slots
+            y_TD = block(y_TD, context_SD, own, cross)
+        return self.decoder_norm(y_TD)
+
+    def _planned(self, groups: Sequence[Group], like: Tensor) -> Attend:
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        return planned(groups, like.device, dtype, self.config.dim, compiled=self._compiled)
 
     def logits(self, hidden: Tensor, modality: str) -> Tensor:
         """Scores (..., V) over the vocabulary of one output modality."""
@@ -226,15 +238,19 @@ class FourM(nn.Module):
         assert isinstance(embedding, TargetEmbedding)
         return embedding
 
-    def _embed_inputs(self, batch: MaskedBatch, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Content and place (S, D) of the encoder tokens that are `real` (B, R+N); zero where there is none."""
-        ids, positions = batch.enc_ids.flatten(), batch.enc_pos.flatten()
-        content, place, order = [], [], []
-        for name, index in _members(batch.enc_mod, batch.modalities):
+    def _embed_inputs(self, batch: MaskedBatch, where: layout.Inputs) -> tuple[Tensor, Tensor]:
+        """Content and place (S, D) of the encoder tokens; zero where there is none."""
+        ids = batch.enc_ids.flatten()[where.slots].split(where.sizes)
+        positions = batch.enc_pos.flatten()[where.slots].split(where.sizes)
+        first = self.mask_token.new_zeros(1, self.config.dim)
+        content, place = [first], [first]
+        if self.config.num_register_tokens:
+            content.append(self.register_tokens[0])
+            place.append(torch.zeros_like(self.register_tokens[0]))
+        for name, ids_T, positions_T in zip(where.names, ids, positions, strict=True):
             if name not in self.encoder_embeddings:
                 raise ValueError(f"{name}: not an input, expected one of {sorted(self.encoder_embeddings)}")
             embedding = self.encoder_embeddings[name]
-            ids_T, positions_T = ids[index], positions[index]
             if isinstance(embedding, PixelEmbedding):
                 content.append(embedding.content(batch.pixels[name], ids_T))
             elif isinstance(embedding, VectorEmbedding):
@@ -243,52 +259,21 @@ class FourM(nn.Module):
                 assert isinstance(embedding, IdEmbedding)
                 content.append(embedding.content(ids_T))
             place.append(embedding.place(positions_T))
-            order.append(index)
-        source = _source(order, batch.enc_mod)
-        first = self.mask_token.new_zeros(1, self.config.dim)
-        if registers := self.config.num_register_tokens:
-            # Rows 1 to R of the contents are the registers.
-            own = torch.arange(1, registers + 1, device=source.device).expand(len(source), registers)
-            content_source = torch.cat([own, torch.where(source > 0, source + registers, 0)], dim=1)
-            source = torch.cat([torch.zeros_like(own), source], dim=1)
-            return (
-                _rows([first, self.register_tokens[0], *content], content_source[real]),
-                _rows([first, *place], source[real]),
-            )
-        return _rows([first, *content], source[real]), _rows([first, *place], source[real])
+        return _rows(content, where.rows), _rows(place, where.rows)
 
-    def _embed_targets(self, batch: MaskedBatch, slots: Tensor) -> Tensor:
-        """Decoder inputs (T, D) at places of the flat batch: previous id or mask token, plus place."""
-        ids, positions = batch.dec_ids.flatten(), batch.dec_pos.flatten()
-        first = self.mask_token.new_zeros(1, self.config.dim)
-        tokens, order = [first], []
-        for name, index in _members(batch.dec_mod, batch.modalities):
+    def _embed_targets(self, batch: MaskedBatch, where: layout.Targets) -> Tensor:
+        """Decoder inputs (T, D): previous id or mask token, plus place."""
+        ids = batch.dec_ids.flatten()[where.slots].split(where.sizes)
+        positions = batch.dec_pos.flatten()[where.slots].split(where.sizes)
+        tokens = [self.mask_token.new_zeros(0, self.config.dim)]
+        for name, ids_T, positions_T in zip(where.names, ids, positions, strict=True):
             embedding = self._target(name)
-            place = embedding.place(positions[index])
+            place = embedding.place(positions_T)
             if embedding.spec.is_grid:
                 tokens.append(place + self.mask_token[0])
             else:
-                tokens.append(place + embedding.content(ids[index]))
-            order.append(index)
-        return _rows(tokens, _source(order, batch.dec_mod).flatten()[slots])
-
-    def _decoder_groups(self, batch: MaskedBatch) -> tuple[NDArray[np.int64], list[Group], list[int]]:
-        """Places of the real decoder tokens in the flat batch, sample by sample and group by group; who sees whom;
-        and how many tokens each sample has.
-        """
-        modality, reach = batch.dec_mod.cpu().numpy(), batch.dec_reach.cpu().numpy()
-        order, groups, lengths = [np.empty(0, np.int64)], [], []
-        for sample, (mods, reaches) in enumerate(zip(modality, reach, strict=True)):
-            (real,) = np.nonzero(mods >= 0)
-            lengths.append(len(real))
-            parts = [real]
-            if self.config.decoder_sep_mask:
-                parts = [real[mods[real] == m] for m in dict.fromkeys(mods[real].tolist())]
-            for part in parts:
-                limit = part + 1 if self.config.decoder_causal_mask else reaches[part]
-                groups.append(Group.by_mask(part[None, :] < limit[:, None]))
-                order.append(sample * len(mods) + part)
-        return np.concatenate(order), groups, lengths
+                tokens.append(place + embedding.content(ids_T))
+        return _rows(tokens, where.rows)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -309,22 +294,6 @@ class FourM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")):
                 parameter.normal_(std=_INIT_STD, generator=generator)
-
-
-def _members(modality: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """Flat indices of the tokens of each modality that occurs."""
-    flat = modality.flatten()
-    found = [(name, (flat == m).nonzero().squeeze(1)) for m, name in enumerate(names)]
-    return [(name, index) for name, index in found if len(index)]
-
-
-def _source(order: list[Tensor], modality: Tensor) -> Tensor:
-    """For each slot of `modality` (B, N) its row among the parts that `order` places, counted from 1; 0 is none."""
-    source = torch.zeros(modality.numel(), dtype=torch.int64, device=modality.device)
-    if order:
-        index = torch.cat(order)
-        source[index] = torch.arange(1, len(index) + 1, device=index.device)
-    return source.view(modality.shape)
 
 
 def _rows(parts: list[Tensor], index: Tensor) -> Tensor:

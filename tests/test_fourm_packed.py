@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from model import attention
-from model.attention import Group, Groups
 from model.fourm import FourM, FourMConfig
 from model.masking import MaskingConfig, MixtureComponent, collate, mask_sample
 from model.spec import ModalitySpec
@@ -172,72 +171,6 @@ def test_outputs_and_gradients_are_those_of_the_padded_computation(case, trim, c
     whole = max(float(g.abs().max()) for g in wanted.values())
     for name, value in wanted.items():
         assert float((found[name] - value).abs().max()) <= 1e-6 * max(float(value.abs().max()), 1e-3 * whole), name
-
-
-def by_group(q, k, v, q_ends, k_ends, longest_q, longest_k, *, window_size):
-    """What the GPU's variable-length kernel is documented to do."""
-    assert q_ends.dtype == k_ends.dtype == torch.int32
-    out = []
-    for q_slice, k_slice in zip(*(map(slice, ends[:-1], ends[1:]) for ends in (q_ends, k_ends)), strict=True):
-        q_part, k_part, v_part = (x.transpose(0, 1) for x in (q[q_slice], k[k_slice], v[k_slice]))
-        assert q_part.shape[1] <= longest_q
-        assert k_part.shape[1] <= longest_k
-        causal = window_size == (-1, 0)
-        out.append(F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=causal).transpose(0, 1))
-    return torch.cat(out)
-
-
-DENSE = [Group(5, 5), Group(5, 5), Group(1, 1), Group(7, 7)]
-CAUSAL = [Group(6, 6, causal=True), Group(2, 2, causal=True)]
-MASKED = [
-    Group.by_mask(np.tri(4, 4, 1, dtype=bool)),
-    Group.by_mask(np.tri(4, 4, -2, dtype=bool) | np.eye(4, dtype=bool)),
-]
-
-
-@pytest.mark.parametrize(
-    "groups",
-    [DENSE, CAUSAL, [*DENSE, *CAUSAL, *DENSE], [Group(2, 5), Group(0, 3), Group(4, 1)], [*DENSE, *MASKED, *CAUSAL]],
-    ids=["dense", "causal", "both", "cross", "masked"],
-)
-def test_groups_attend_alike_by_slices_by_padding_and_by_lengths(groups, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", by_group)
-    generator = torch.Generator().manual_seed(0)
-    sizes = [sum(g.queries for g in groups), *[sum(g.keys for g in groups)] * 2]
-    inputs = [torch.randn(n, 2, 8, generator=generator).requires_grad_() for n in sizes]
-    weights = torch.randn(sizes[0], 2, 8, generator=generator)
-    whole = Groups(groups, torch.device("cpu"))
-    ways = [whole._by_slices, whole._by_padding]
-    if not any(group.mask is not None for group in groups):
-        ways.append(whole._by_lengths)
-    alone, first = [], [0, 0]
-    for group in groups:
-        q, k, v = (
-            x[at : at + n]
-            for x, at, n in zip(
-                inputs, (first[0], first[1], first[1]), (group.queries, group.keys, group.keys), strict=True
-            )
-        )
-        scores = torch.einsum("qhk,shk->hqs", q, k) * 8**-0.5
-        seen = np.tri(group.queries, dtype=bool) if group.causal else group.mask
-        if seen is not None:
-            scores = scores.masked_fill(~torch.from_numpy(seen), -torch.inf)
-        alone.append(torch.einsum("hqs,shk->qhk", scores.softmax(-1), v))
-        first = [first[0] + group.queries, first[1] + group.keys]
-    wanted = torch.cat(alone)
-    wanted_gradients = torch.autograd.grad((wanted * weights).sum(), inputs)
-    for way in ways:
-        found = way(*inputs)
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-        gradients_ = torch.autograd.grad((found * weights).sum(), inputs)
-        for gradient, exact in zip(gradients_, wanted_gradients, strict=True):
-            torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-6)
-
-
-def test_masks_that_have_a_name_are_not_kept():
-    assert Group.by_mask(np.ones((3, 5), bool)) == Group(3, 5)
-    assert Group.by_mask(np.tri(3, dtype=bool)) == Group(3, 3, causal=True)
-    assert Group.by_mask(np.tri(3, 5, dtype=bool)).mask is not None
 
 
 def test_no_target_and_no_linear_layer_at_padding():
