@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Step:
     Grids of tokens: "maskgit" (keep the surest of all open positions) or "roar" (fill random positions). Sequences:
     "autoregressive". `top_k` is a count, or a share of the vocabulary if a float; `top_p` keeps the smallest set
     reaching that probability; both act before the temperature. `cfg_scale` w guides by l_u + w (l_c - l_u), where the
-    unconditional pass lacks the conditions and, with `cfg_grow`, the targets generated before.
+    unconditional pass lacks the conditions and, with `cfg_grow`, the targets generated before. `prefix` are ids that a
+    sequence begins with.
     """
 
     target: str
@@ -41,6 +43,7 @@ class Step:
     cfg_scale: float = 1.0
     cfg_grow: bool = True
     max_tokens: int | None = None
+    prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scheme not in ("maskgit", "roar", "autoregressive"):
@@ -80,8 +83,42 @@ def generate(
         if spec.kind == "tokens":
             state.values[spec.name] = _fill_grid(state, spec, step, streams, dropped)
         else:
-            state.values[spec.name] = _write_sequence(state, spec, step, streams, dropped)
+            state.values[spec.name] = _write_sequence(state, spec, step, streams, state.contexts(spec, dropped))
     return {step.target: state.values[step.target] for step in steps}
+
+
+@torch.inference_mode()
+def generate_each(
+    model: FourM, conditions: Mapping[str, Any], steps: Sequence[Step], *, draws: int, seed: int
+) -> dict[str, list[Any]]:
+    """Generate each target from the conditions alone, `draws` times: a list of draws, each as from `generate`.
+
+    The encoder runs once for all of it. It is not shown that a sequence is to be written, as in training it is not
+    where masking gives that sequence no input. All tokens of a grid are drawn from one pass, each by itself.
+    """
+    state = _State(model, conditions)
+    seeds = [_mix(_mix(seed, draw), i) for draw in range(draws) for i in range(state.size)]
+    given = dict(state.values)
+    context: Context | None = None
+    wide, made = state.repeated(draws), dict[str, list[Any]]()
+    for number, step in enumerate(steps):
+        state.values = dict(given)
+        spec = _checked(model, state, step)
+        if step.cfg_scale != 1 or (spec.is_grid and step.num_steps != 1):
+            raise ValueError(f"{step.target}: several passes or guidance, expected neither where each is by itself")
+        context = state.context(spec, spanned=False) if context is None else context
+        streams = [torch.Generator().manual_seed(_mix(own, number)) for own in seeds]
+        if spec.is_grid:
+            places = torch.arange(spec.max_tokens, device=state.device).expand(state.size, -1)
+            hidden = state.decode(spec, [context], torch.full_like(places, -1), places)[0]
+            scores = model.logits(hidden, spec.name)
+            drawn = _uniform(streams, places).view(draws, *places.shape)
+            made[step.target] = [sample(scores, u, step.temperature, step.top_k, step.top_p)[0] for u in drawn]
+        else:
+            every = Context(context.tokens.repeat(draws, 1), context.lengths * draws)
+            written = _write_sequence(wide, spec, step, streams, [every])
+            made[step.target] = [written[i : i + state.size] for i in range(0, len(written), state.size)]
+    return made
 
 
 class _State:
@@ -117,14 +154,23 @@ class _State:
         grid = dense.reshape(self.size, spec.channels, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
         return grid.reshape(self.size * spec.max_tokens, -1)
 
-    def context(self, opened: ModalitySpec, dropped: frozenset[str] = frozenset()) -> Context:
-        """Encode everything but `dropped`; a sequence that is dropped or being written shows as one masked span."""
+    def repeated(self, times: int) -> _State:
+        """As many copies of the samples one after the other, to decode for: nothing is known of them."""
+        other = copy.copy(self)
+        other.size, other.values = times * self.size, {}
+        return other
+
+    def context(self, opened: ModalitySpec, dropped: frozenset[str] = frozenset(), *, spanned: bool = True) -> Context:
+        """Encode everything but `dropped`; a sequence that is dropped or being written shows as one masked span.
+
+        Unless `spanned` is False: then the one that is being written does not show.
+        """
         empty = torch.empty(self.size, 0, dtype=torch.int64, device=self.device)
         ids, modality, positions = [empty], [empty], [empty]
         for m, spec in enumerate(self.specs):
             if spec.name not in self.model.encoder_embeddings:
                 continue
-            part = self._part(spec, spec.name == opened.name, spec.name in dropped)
+            part = self._part(spec, spanned and spec.name == opened.name, spec.name in dropped)
             if part is None:
                 continue
             part_ids, real = part
@@ -228,13 +274,12 @@ def _fill_grid(
 
 
 def _write_sequence(
-    state: _State, spec: ModalitySpec, step: Step, streams: list[torch.Generator], dropped: frozenset[str] | None
+    state: _State, spec: ModalitySpec, step: Step, streams: list[torch.Generator], contexts: Sequence[Context]
 ) -> list[list[int]]:
     """Ids of each sample up to its end token or sentinel, which are not part of it."""
-    contexts = state.contexts(spec, dropped)
-    prefix = torch.full((state.size, 1), SENTINEL_0 + 1, device=state.device)
+    prefix = torch.tensor([[SENTINEL_0 + 1, *step.prefix]] * state.size, device=state.device)
     done = torch.zeros(state.size, dtype=torch.bool, device=state.device)
-    for _ in range(min(step.max_tokens or spec.max_tokens, spec.max_tokens)):
+    for _ in range(min(step.max_tokens or spec.max_tokens, spec.max_tokens) - len(step.prefix)):
         positions = torch.arange(prefix.shape[1], device=state.device).expand_as(prefix)
         hidden = state.decode(spec, contexts, prefix, positions)
         scores = _guided([state.model.logits(h[:, -1:], spec.name) for h in hidden], step.cfg_scale)

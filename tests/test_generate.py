@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.fourm import FourM, FourMConfig
-from model.generate import Step, generate, sample
+from model.generate import Step, generate, generate_each, sample
 from model.masking import MaskingConfig, MixtureComponent, collate, mask_sample
 from model.schedules import cosine_counts, linear_counts, temperatures
 from model.spec import ModalitySpec
@@ -165,3 +165,43 @@ def test_wrong_requests_are_named():
         generate(model, {"depth": [1]}, [], seed=0)
     with pytest.raises(ValueError, match="2 seeds, expected 1"):
         generate(model, a, [], seed=[1, 2])
+
+
+def test_each_target_by_itself_follows_from_the_conditions_alone(learned):
+    a = torch.tensor([[0, 1, 2, 3], [5, 5, 0, 2], [4, 0, 4, 0]])
+    steps = [
+        Step(target="tok_b", scheme="roar", num_steps=1, temperature=0.1),
+        Step(target="words", scheme="autoregressive", temperature=0.01),
+    ]
+    made = generate_each(learned, {"tok_a": a}, steps, draws=2, seed=0)
+    assert [ids.tolist() for ids in made["tok_b"]] == [(a + 1).tolist()] * 2
+    assert made["words"] == [[[204], [209, 209, 204], [208, 204]]] * 2
+    alone = generate_each(learned, {"tok_a": a}, steps[:1], draws=1, seed=0)
+    assert alone["tok_b"][0].tolist() == (a + 1).tolist()
+
+
+def test_draws_differ_and_come_again_with_their_seed():
+    model = untrained()
+    step = Step(target="tok_b", scheme="roar", num_steps=1)
+    conditions = {"tok_a": torch.tensor([[0, 1, 2, 3]] * 2)}
+    first, again, other = (
+        [ids.tolist() for ids in generate_each(model, conditions, [step], draws=3, seed=seed)["tok_b"]]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len({str(ids) for draw in first for ids in draw}) > 1
+
+
+def test_a_sequence_begins_with_its_prefix(learned):
+    a = torch.tensor([[0, 1, 2, 3], [5, 5, 0, 2]])
+    step = Step(target="words", scheme="autoregressive", temperature=0.01, prefix=(209,), max_tokens=3)
+    assert all(ids[0] == 209 and len(ids) <= 3 for ids in generate(learned, {"tok_a": a}, [step], seed=0)["words"])
+    each = generate_each(learned, {"tok_a": a}, [step], draws=2, seed=0)["words"]
+    assert all(ids[0] == 209 for draw in each for ids in draw)
+
+
+def test_each_target_by_itself_takes_one_pass():
+    a = {"tok_a": torch.zeros(1, 4, dtype=torch.int64)}
+    for step in (Step(target="tok_b", scheme="roar"), Step(target="words", scheme="autoregressive", cfg_scale=2)):
+        with pytest.raises(ValueError, match="several passes or guidance"):
+            generate_each(untrained(), a, [step], draws=1, seed=0)
