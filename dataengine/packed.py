@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataengine import _packed_rows, _packing, modalities, stored_images
+from dataengine._mapped import Mapped
 from dataengine.modalities import TextLike
 
 FORMAT = 2
@@ -234,7 +235,8 @@ class Packed:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         try:
-            self._table = pa.ipc.open_file(pa.memory_map(self.path)).get_batch(0)
+            self._file = Mapped(self.path)
+            self._table = pa.ipc.open_file(pa.BufferReader(self._file.buffer)).get_batch(0)
             self.num_crops, columns = columns_of(self._table)
         except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -279,6 +281,7 @@ class Packed:
                     self.columns[name], self._table.column(name), self.num_crops
                 )
             out[name] = reader(index, chosen, rng, draws)
+        self._file.note_read()
         return out
 
     def present(self, names: Sequence[str]) -> np.ndarray:

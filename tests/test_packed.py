@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dataengine import _packing, packed
+from dataengine import _mapped, _packing, packed
 from dataengine.packed import Column, Packed
 
 SHA = "a" * 64
@@ -290,3 +290,34 @@ def test_what_is_assembled_counts_as_the_most_and_shards_of_nothing_have_no_leng
     path.write_bytes(packed.write(COLUMNS, 2, ["a"], {n: [None] for n in NAMES}))
     assert not Packed(path).present(NAMES).any()
     assert not Packed(path).lengths(NAMES).any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much of files is mapped")
+def test_a_process_keeps_no_more_of_a_shard_than_it_read_lately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped() -> int:
+        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    image = Column(name="rgb@256", kind="pixels", max_tokens=65536, side=256)
+    value = np.full((1, 256, 256, 3), 7, np.uint8)
+    path = tmp_path / "large.arrow"
+    path.write_bytes(packed.write([image], 1, [str(i) for i in range(160)], {"rgb@256": [value] * 160}))
+    shard, rng = Packed(path), np.random.default_rng(0)
+
+    def grown() -> int:
+        before = mapped()
+        for index in range(160):
+            assert shard.row(index, rng, ["rgb@256"])["rgb@256"].max() == 7
+        return mapped() - before
+
+    assert path.stat().st_size > 30 << 20
+    monkeypatch.setattr(_mapped, "_READS", 16)
+    assert grown() < 8 << 20
+    held = shard.row(0, rng, ["rgb@256"])["rgb@256"]
+    monkeypatch.setattr(_mapped, "_READS", 1)
+    shard.row(1, rng, ["rgb@256"])
+    assert held.max() == 7  # a view is still what it was
+    monkeypatch.setattr(_mapped, "_READS", 1000)
+    assert grown() > 20 << 20
