@@ -1,11 +1,10 @@
-"""Packed shards to masked batches: a weighted mixture of datasets, each batch a pure function of (seed, step)."""
+"""Packed shards to masked batches: a weighted mixture of datasets, each batch a pure function of (seed, number)."""
 
 from __future__ import annotations
 
-import bisect
-import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from dataengine.packed import Column
 from dataengine.stored import Shard
+from model import masking, mixture, order
 from model.embeddings import RGB_MEAN, RGB_STD
-from model.masking import MaskedBatch, MaskingConfig, collate, mask_sample
+from model.masking import MaskedBatch, MaskingConfig
 from model.spec import ModalitySpec
 
 
@@ -46,18 +46,34 @@ def spec_of(column: Column, patch_size: int) -> ModalitySpec:
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """The packed shards of one dataset, and how often a sample is drawn from it."""
+    """The packed shards of one dataset, and how its samples are drawn.
+
+    `weight` is its part in the samples of a mixture. `masking` is its own mixture of alphas (None: that of the run).
+    A sample is drawn `repeats` times in a row, with another crop (if there is one) and masked anew. `window` shards are
+    mixed together at a time (0: all; what is read of an epoch is spread over as many files).
+    """
 
     shards: tuple[Shard, ...]
     weight: float = 1.0
+    masking: MaskingConfig | None = None
+    repeats: int = 1
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight {self.weight} of {self.name}, expected a number above 0")
+        if self.repeats < 1 or self.window < 0:
+            raise ValueError(
+                f"repeats {self.repeats}, window {self.window} of {self.name}, expected at least 1 and at least 0"
+            )
+
+    @property
+    def name(self) -> str:
+        """Where it lies, for people."""
+        return f"the dataset of {self.shards[0].path}" if self.shards else "a dataset without shards"
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Where each shard ends in the rows of all."""
-        return list(itertools.accumulate(len(s) for s in self.shards))
+        return sum(map(len, self.shards))
 
 
 def merged_columns(datasets: Sequence[PackedDataset]) -> dict[str, Column]:
@@ -79,9 +95,13 @@ def merged_columns(datasets: Sequence[PackedDataset]) -> dict[str, Column]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatches:
-    """Called with a step, the masked batch of that step; samples are drawn with replacement, as ml-4m's shards are.
+    """Called with its number, a masked batch: a pure function of the seed and the number, in whatever process.
 
-    A modality that a dataset lacks, or that is not valid for a sample, is absent: it takes no token budget.
+    Batch n has samples n * batch_size and on of the mixture. Each dataset is gone through in epochs, in an order of its
+    own (`model.order`). Budgets are drawn first, and only what they select is read and decoded. A modality that a
+    dataset lacks, or that is not valid for a sample, is absent: it takes no token budget.
+
+    ValueError when there is a dataset without samples, or a mixture that selects nothing (`model.mixture.problems`).
     """
 
     datasets: tuple[PackedDataset, ...]
@@ -90,22 +110,34 @@ class TokenBatches:
     batch_size: int
     seed: int
 
-    def __call__(self, step: int) -> MaskedBatch:
-        """The batch of a step."""
-        rng = np.random.default_rng([self.seed, step])
-        weights = np.array([d.weight for d in self.datasets])
-        chosen = rng.choice(len(self.datasets), self.batch_size, p=weights / weights.sum())
-        samples = [mask_sample(rng, self._sample(self.datasets[d], rng), self.specs, self.masking) for d in chosen]
-        return collate(samples, self.specs, self.masking.input_tokens[1], self.masking.target_tokens[1])
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size}, expected at least 1")
+        problems = mixture.problems(self.datasets, self.specs, self.masking)
+        if problems:
+            raise ValueError("; ".join(problems))
+        _ = self._mixture  # says at once what cannot be mixed
 
-    def _sample(self, dataset: PackedDataset, rng: np.random.Generator) -> dict[str, Any]:
-        ends = dataset.ends
-        index = int(rng.integers(ends[-1]))
-        place = bisect.bisect_right(ends, index)
-        shard = dataset.shards[place]
-        names = [s.name for s in self.specs if s.name in shard.columns]
-        row = shard.row(index - (ends[place] - len(shard)), rng, names)
-        return {
-            name: normalised(value) if value is not None and shard.columns[name].kind in ("pixels", "images") else value
-            for name, value in row.items()
-        }
+    def __getstate__(self) -> dict[str, Any]:
+        # What a process knows of an epoch is quickly made again: workers are sent what was given alone.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _mixture(self) -> mixture.Mixture:
+        return mixture.Mixture(self.datasets, self.specs, self.masking, self.seed)
+
+    def __call__(self, number: int) -> MaskedBatch:
+        """Batch `number`, counted from 0."""
+        rng = np.random.default_rng(order.batch_seeds(self.seed, number))
+        rows = self._mixture.rows(number * self.batch_size, self.batch_size)
+        values: list[dict[str, Any]] = [{} for _ in range(self.batch_size)]
+        lengths = None
+        whole = np.zeros(len(self.specs), bool)
+        if self._mixture.masking.redistribute:
+            # How long a text is knows only who reads it: texts and embeddings are read before their budgets are drawn.
+            whole = np.array([not spec.is_grid for spec in self.specs])
+            rows.read(rng, rows.present & whole, values)
+            lengths = masking.lengths(self.specs, values)
+        plan = self._mixture.plan(rng, rows, lengths)
+        rows.read(rng, plan.needs(self.specs) & ~whole, values)
+        return masking.apply(rng, plan, values, self.specs, self._mixture.masking)
