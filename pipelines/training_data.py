@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataengine.manifest import Dataset, NotADataset
+from dataengine.manifest import Dataset
 from dataengine.packed import Column, Packed
+from model import mixture
 from model.batches import PackedDataset, spec_of
-from model.masking import MaskingConfig, MixtureComponent
-from model.spec import NUM_SENTINELS, SENTINEL_0, ModalitySpec
+from model.masking import MaskingConfig
+from model.spec import NUM_SENTINELS, SENTINEL_0, ModalitySpec, union
+from pipelines import sources
 from pipelines.pack import CELL
+from pipelines.sources import Ml4m
 
 RESERVED = SENTINEL_0 + NUM_SENTINELS
 """The first ids of a text vocabulary, which masking itself writes."""
@@ -26,11 +29,19 @@ _LOOKED_AT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A packed dataset, how often a sample is drawn from it, and its own mixture where it is not the run's."""
+    """A packed dataset and how samples are drawn from it.
+
+    `weight` is how often, `masking` its own mixture where it is not the run's. A row is taken `repeats` times in a
+    row, masked anew each time; the rows of `window` shards are mixed (0: of all). `tars` says how ml-4m's tars are
+    read, where `root` is not packed.
+    """
 
     root: str
     weight: float = 1.0
     masking: MaskingConfig | None = None
+    repeats: int = 1
+    window: int = 16
+    tars: Ml4m | None = None
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -42,36 +53,28 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def packed_shards(root: str) -> tuple[Packed, ...]:
-    """The committed packed shards of a dataset; ValueError when there are none, or some cannot be read."""
+    """The committed packed shards of a dataset, opened; ValueError when there are none."""
     dataset = Dataset(root)
     records = [dataset.commit(CELL, shard) for shard in dataset.committed(CELL)]
-    files = [dataset.store.local_path(r.file) for r in records if r is not None]
-    if not files:
+    if not records:
         raise ValueError(f"{root} holds no packed tokens; `dataengine pack` makes them")
-    shards, wrong = [], []
-    for file in files:
-        try:
-            shards.append(Packed(file))
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError(f"{root}: {len(wrong)} of {len(files)} packed shards cannot be read: {wrong[0]}")
-    return tuple(shards)
+    return tuple(Packed(dataset.store.local_path(r.file)) for r in records if r is not None)
 
 
-def opened(sources: Sequence[Source]) -> tuple[PackedDataset, ...]:
+def opened(data: Sequence[Source]) -> tuple[PackedDataset, ...]:
     """All datasets; ValueError names every one that cannot be read, is of another version, or has no sample."""
     datasets, wrong = [], []
-    for source in sources:
+    for source in data:
         try:
-            dataset = PackedDataset(packed_shards(source.root), source.weight)
-        except (ValueError, FileNotFoundError, NotADataset) as error:
-            wrong.append(str(error))
+            shards = sources.shards(source.root, tars=source.tars)
+            dataset = PackedDataset(shards, source.weight, source.masking, source.repeats, source.window)
+        except (ValueError, FileNotFoundError) as error:
+            wrong.append(f"{source.root}: {error}")
             continue
         if not len(dataset):
             wrong.append(f"{source.root} is empty: its {len(dataset.shards)} packed shards hold no sample")
         datasets.append(dataset)
-    if not sources:
+    if not data:
         wrong.append("data is empty, expected at least one dataset")
     refuse(wrong)
     return tuple(datasets)
@@ -148,59 +151,49 @@ def _largest_ids(dataset: PackedDataset, names: Iterable[str]) -> dict[str, tupl
 
 
 def mixture_problems(
-    sources: Sequence[Source],
+    data: Sequence[Source],
     datasets: Sequence[PackedDataset],
     masking: MaskingConfig,
     inputs: Sequence[ModalitySpec],
     outputs: Sequence[ModalitySpec],
 ) -> list[str]:
-    """Concentrations that select nothing, or what the model does not have.
+    """Concentrations that select nothing, or what the model does not have; see also `model.mixture.problems`.
 
-    A component must find an input and a target in one dataset at least, a dataset must get a target from one component,
-    and each modality must be drawn on its side. Concentration 0 draws nothing, though ml-4m takes a table of zeros as
+    Each modality must be drawn on its side. Concentration 0 draws nothing here, though ml-4m takes a table of zeros as
     an even split.
     """
-    sides = {"input": {s.name for s in inputs}, "target": {s.name for s in outputs}}
-    everywhere = sides["input"] | sides["target"]
+    own = [_positive(masking if source.masking is None else source.masking) for source in data]
+    alone = [replace(dataset, masking=config) for dataset, config in zip(datasets, own, strict=True)]
+    wrong = mixture.problems(alone, union(inputs, outputs), _positive(masking))
+    everywhere = {s.name for s in (*inputs, *outputs)}
     targets = {s.name for s in (*inputs, *outputs) if s.is_target}
-    drawn: dict[str, set[str]] = {"input": set(), "target": set()}
-    wrong: dict[str, None] = {}
-    used: dict[tuple[str, int, str], bool] = {}
-    for source, dataset in zip(sources, datasets, strict=True):
-        there = {name for shard in dataset.shards for name in shard.columns} & everywhere
-        own = masking if source.masking is None else source.masking
-        which = "masking" if source.masking is None else f"masking of {source.root}"
-        found: set[str] = set()
-        for i, component in enumerate(own.components):
-            for side, alphas in _sides(component):
-                positive = {name for name in there if alphas.get(name, 0) > 0}
-                if side == "target":
-                    positive &= targets
-                wrong |= dict.fromkeys(
-                    f"{which}: component {i} draws {name} as {side}, which is no {side} of the model"
-                    for name in sorted(positive - sides[side])
-                )
-                chosen = positive & sides[side]
-                drawn[side] |= chosen
-                needed = side == "target" or own.input_tokens[1] > 0
-                key = (which, i, side)
-                used[key] = used.get(key, False) or bool(chosen) or not needed
-                if side == "target":
-                    found |= chosen
-        if not found:
-            wrong[f"{which}: no component draws a target that {source.root} holds ({', '.join(sorted(there))})"] = None
-    for (which, i, side), selects in used.items():
-        if not selects:
-            wrong[f"{which}: component {i} selects no {side} in any dataset that it is for"] = None
-    for side, names in sides.items():
-        kind = "inputs" if side == "input" else "outputs"
-        for name in sorted(names - drawn[side]):
-            wrong[f"{name} is one of the {kind}, and no component draws it as {side}"] = None
-    return list(wrong)
+    for side, held in (("input", {s.name for s in inputs}), ("target", {s.name for s in outputs})):
+        drawn = set()
+        for dataset, config in zip(datasets, own, strict=True):
+            there = {name for shard in dataset.shards for name in shard.columns} & everywhere
+            for i, component in enumerate(config.components):
+                alphas = component.input_alphas if side == "input" else component.target_alphas
+                found = there & alphas.keys() & (targets if side == "target" else everywhere)
+                wrong += [
+                    f"component {i} draws {name} as {side}, which is no {side} of the model"
+                    for name in sorted(found - held)
+                ]
+                drawn |= found
+        wrong += [f"{name} is never drawn as {side}: no component names it" for name in sorted(held - drawn)]
+    return list(dict.fromkeys(wrong))
 
 
-def _sides(component: MixtureComponent) -> tuple[tuple[str, Mapping[str, float]], ...]:
-    return ("input", component.input_alphas), ("target", component.target_alphas)
+def _positive(masking: MaskingConfig) -> MaskingConfig:
+    """The same without concentrations of 0."""
+    components = tuple(
+        replace(
+            c,
+            input_alphas={name: alpha for name, alpha in c.input_alphas.items() if alpha > 0},
+            target_alphas={name: alpha for name, alpha in c.target_alphas.items() if alpha > 0},
+        )
+        for c in masking.components
+    )
+    return replace(masking, components=components)
 
 
 def restricted(

@@ -170,7 +170,7 @@ def test_one_modality_more_changes_no_old_output_and_is_learned(tmp_path: Path, 
 
     sources.write(tmp_path / "new", (*COLUMNS, mood))
     names = (*old.inputs, "mood")
-    more = sources.run(tmp_path / "new", tmp_path / "second", names, steps=60, init_from=str(tmp_path / "first/model"))
+    more = sources.run(tmp_path / "new", tmp_path / "second", names, steps=100, init_from=str(tmp_path / "first/model"))
     made = train.prepared(more)
     assert made.changes is not None
     assert made.changes.new == ("input mood", "output mood")
@@ -188,7 +188,7 @@ def test_one_modality_more_changes_no_old_output_and_is_learned(tmp_path: Path, 
     result = train.train(more)
     assert result.finished
     learned = checkpoint.from_pretrained(tmp_path / "second/model")
-    assert mean_loss(learned, made.batches, "mood") < 0.3 * start
+    assert mean_loss(learned, made.batches, "mood") < 0.5 * start
     assert start > 0.8 * np.log(240)
     about = json.loads((tmp_path / "second/initialised.json").read_text())
     assert about["new"] == ["input mood", "output mood"]

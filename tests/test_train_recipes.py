@@ -73,6 +73,8 @@ def test_hyperparameters_are_ml4ms(name: str) -> None:
     assert (loop.dtype, run.per_token, loop.ema_decay) == (cfg["dtype"], cfg["loss_type"] == "token", None)
     assert loop.recompute == cfg.get("use_act_checkpoint", False)
     assert loop.parallel == ("fsdp" if "skip_nan_grad" in cfg else "auto")
+    if loop.parallel == "fsdp":  # ml-4m's SHARD_GRAD_OP and MixedPrecision(reduce_dtype=torch.bfloat16)
+        assert (loop.reshard, loop.reduce_dtype, loop.gather_dtype) == (False, "bfloat16", "float32")
     inputs = (cfg.get("min_input_tokens", cfg["num_input_tokens"]), cfg["num_input_tokens"])
     targets = (cfg.get("min_target_tokens", cfg["num_target_tokens"]), cfg["num_target_tokens"])
     for masking in (run.masking, *(s.masking for s in run.data if s.masking is not None)):
@@ -119,6 +121,7 @@ def test_mixtures_are_ml4ms(name: str) -> None:
     datasets = golden("data")[golden("models")[FILE[name]]["data_config"]]
     assert [Path(s.root).name for s in run.data] == [d["name"] for d in datasets]
     assert [s.weight for s in run.data] == [d["share"] for d in datasets]
+    assert [s.repeats for s in run.data] == [d["repeats"] or 1 for d in datasets]
     for source, dataset in zip(run.data, datasets, strict=True):
         same_table((source.masking or run.masking).components, dataset)
     assert sorted(run.inputs) == sorted({m for d in datasets for m in d["inputs"]})

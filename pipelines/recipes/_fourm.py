@@ -1,23 +1,27 @@
 """What the recipes of 4M-7 and 4M-21 share: ml-4m's mixtures and hyper-parameters (its `cfgs/default/4m`).
 
-Datasets are expected under `data/`, the checkpoints that a run starts from under `runs/`. A step takes one batch from
-each of ml-4m's GPUs, which any number of processes that divides theirs can share out. docs/recipes.md compares.
+Datasets are expected under `data/`, what is held out of them in `data/NAME_val` (`heldout=[]` for none), checkpoints
+that a run starts from under `runs/`. A step takes one batch from each of ml-4m's GPUs, which any number of processes
+that divides theirs can share out. docs/recipes.md compares.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.budgets import Keep
 from model.fourm import FourMConfig
 from model.loop import LoopConfig
 from model.masking import MaskingConfig, MixtureComponent
+from model.settings import in_tokens
 from pipelines.train import Source, TrainFourM
 
 EPOCH = 10_000_000
 """Samples that ml-4m counts as one epoch, after which it evaluates and saves."""
+
+WORKERS = 4
+"""Processes that make batches for each GPU."""
 
 RGB = "rgb@224"
 MAPS = tuple(f"tok_{m}@224" for m in ("rgb", "depth", "semseg", "normal", "clip"))
@@ -52,24 +56,9 @@ class Hyper:
     recompute: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a sample as ml-4m counts them: the largest budgets of both sides, filled or not."""
-        return self.input_tokens[1] + self.target_tokens[1]
-
-    @property
-    def epoch_steps(self) -> int:
-        """Steps of an epoch."""
-        return EPOCH // (self.gpus * self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        """Steps of as many whole epochs as hold all the tokens."""
-        return math.ceil(self.total * 1e9 / (self.tokens * EPOCH)) * self.epoch_steps
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of the warm-up's tokens."""
-        return math.ceil(self.warmup * 1e9 / (self.tokens * self.gpus * self.batch_size))
+    def samples(self) -> int:
+        """Samples of a step."""
+        return self.gpus * self.batch_size
 
 
 def run(
@@ -79,30 +68,42 @@ def run(
     outputs: tuple[str, ...],
     out: str,
     *,
-    data: tuple[Source, ...] | None = None,
+    data: tuple[Source, ...] = (Source(root="data/cc12m", repeats=4),),
     init_from: str = "",
 ) -> TrainFourM:
     """A recipe with the peak rate blr * samples of a step / 256, and what all of ml-4m's have in common."""
     return TrainFourM(
-        data=data or (Source(root="data/cc12m"),),
+        data=data,
+        heldout=tuple(replace(source, root=f"{source.root}_val", weight=1.0, repeats=1) for source in data),
         inputs=inputs,
         outputs=outputs,
         model=FourMConfig.preset(hyper.size),
         masking=masking(hyper, components),
         loop=LoopConfig(
-            steps=hyper.steps,
-            lr=hyper.blr * hyper.gpus * hyper.batch_size / 256,
-            warmup_steps=hyper.warmup_steps,
+            **in_tokens(
+                total_tokens=hyper.total * 1e9,
+                warmup_tokens=hyper.warmup * 1e9,
+                input_tokens=hyper.input_tokens[1],
+                target_tokens=hyper.target_tokens[1],
+                batch=hyper.samples,
+                base_lr=hyper.blr,
+                epoch_samples=EPOCH,
+            ),
             weight_decay=0.05,
             betas=(0.9, 0.95),
             clip_grad=hyper.clip_grad,
             batches_per_step=hyper.gpus,
             dtype="bfloat16",
             parallel="fsdp" if hyper.sharded else "auto",
+            # ml-4m's SHARD_GRAD_OP, which adds gradients up in bfloat16.
+            reshard=not hyper.sharded,
+            reduce_dtype="bfloat16" if hyper.sharded else "float32",
             recompute=hyper.recompute,
+            workers=WORKERS,
+            async_checkpoints=True,
             log_every=100,
-            evaluate_every=hyper.epoch_steps,
-            checkpoint_every=hyper.epoch_steps,
+            evaluate_every=EPOCH // hyper.samples,
+            checkpoint_every=EPOCH // hyper.samples,
         ),
         batch_size=hyper.batch_size,
         out=out,

@@ -33,7 +33,7 @@ def xlarge() -> TrainFourM:
 
 def _run(hyper: Hyper, name: str) -> TrainFourM:
     data = (
-        Source(root="data/cc12m", weight=0.6),
+        Source(root="data/cc12m", weight=0.6, repeats=4),
         # ml-4m's file names a table for COYO700M that it does not hold; this one of its own is what that name says.
         Source(root="data/coyo700m", weight=0.2, masking=_fourm.masking(hyper, _fourm.mod7_biased())),
         Source(root="data/c4", weight=0.2, masking=_fourm.masking(hyper, _fourm.text_only())),
