@@ -18,7 +18,7 @@ MAX_OPEN = 512
 MAX_HELD = 64
 """Of these, copies in a cache: what a process has open takes room there for as long."""
 
-MAX_TARS = 16
+MAX_TARS = 32
 """Shards of tars that a process has open at once: each has a descriptor for every modality."""
 
 _DOWNLOADS = 2  # at a time, beside those that are waited for; each has several requests under way

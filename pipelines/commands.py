@@ -143,6 +143,43 @@ def pack(
     say({**summary.as_json(), "columns": packed}, as_json, f"packed {len(tasks)} shards: {', '.join(packed)}")
 
 
+@app.command(name="pack-text")
+@exits
+def pack_text(
+    root: Root,
+    source: Annotated[list[str], typer.Argument(help="Parquet or JSON lines (.gz, .zst): files, folders, globs.")],
+    text_tokenizer: Annotated[str, typer.Option(help="The WordPiece JSON file.")] = "tokenizers/text.json",
+    column: Annotated[str, typer.Option(help="Of the text: a column, or a name in the objects.")] = "text",
+    rows: Annotated[int, typer.Option(min=1, help="Rows a shard.")] = 10_000,
+    runner: RunnerOption = "local",
+    workers: Workers = None,
+    max_bad_fraction: Bad = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Pack texts that come without images (C4 and the like), as the captions of samples that have nothing else."""
+    from pipelines import pack_text as packing
+
+    dataset = Dataset(root)
+    worker, tasks, counts = packing.prepare(dataset, source, text_tokenizer=text_tokenizer, field=column, rows=rows)
+    summary = running.execute(
+        dataset,
+        [single(worker, tasks, counts, name="pack")],
+        what="pack-text",
+        runner=runner,
+        workers=workers,
+        device="cpu",
+        max_bad_fraction=max_bad_fraction,
+    )
+    left = sum(summary.invalid.values())
+    why = ", ".join(f"{n} {reason.partition(': ')[2]}" for reason, n in summary.reasons.most_common())
+    say(
+        {**summary.as_json(), "shards": len(worker.parts)},
+        as_json,
+        f"packed {summary.num_samples - left} texts, left out {left}{f' ({why})' if why else ''}: {len(tasks)} of "
+        f"{len(worker.parts)} shards to do",
+    )
+
+
 @app.command(name="train-tokenizer")
 @exits
 def train_tokenizer(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
