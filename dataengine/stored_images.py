@@ -44,6 +44,9 @@ class StoredImage:
         """uint8."""
         return np.dtype(np.uint8)
 
+    def __len__(self) -> int:
+        return self.side
+
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self.pixels() if dtype is None else self.pixels().astype(dtype, copy=False)
 
