@@ -154,7 +154,8 @@ def _features(features: Labeler, at_once: int, device: str) -> _Source:
     """Crops of the image through a feature network."""
     network = features.load(device)
     ready, label = (network.prepare, network.label) if isinstance(network, Staged) else (lambda s: s, network)
-    codecs = {name: modalities.load(name) for name in features.emits}
+    known = modalities.names()
+    checks = {name: modalities.load(name).check if name in known else None for name in features.emits}
 
     def prepare(sample: Sample, crops: Sequence[Crop], cuts: Cut) -> list[Any]:
         return [ready(Sample(sample.key, {"rgb": pixels})) for pixels in cuts()]
@@ -163,12 +164,13 @@ def _features(features: Labeler, at_once: int, device: str) -> _Source:
         if isinstance(output, Failed):
             return output
         found = output.get(name, Failed(f"{features.name} gave no {name}"))
-        failed = None if isinstance(found, Failed) else _attempted(codecs[name].check, found, (1, 1))
+        check = checks[name]
+        failed = None if check is None or isinstance(found, Failed) else _attempted(check, found, (1, 1))
         return found if failed is None else failed
 
     def made(values: Sequence[Any]) -> dict[str, list[Any]]:
         outputs = _each(label, values)
-        return {name: [value(output, name) for output in outputs] for name in codecs}
+        return {name: [value(output, name) for output in outputs] for name in checks}
 
     return _Source(prepare, made, at_once)
 

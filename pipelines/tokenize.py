@@ -335,7 +335,8 @@ def _labeler(name: str, file: str, side: int, makers: Sequence[Labeler] | None, 
     if name == "sam_mask":
         return TokenizeMasks(**how)
     how |= {"modality": name, "ml4m_names": choice.ml4m_names}
-    if modalities.load(name).kind not in _sources.WHOLE:
+    # What is no modality is the features of a labeler of one's own.
+    if name in modalities.names() and modalities.load(name).kind not in _sources.WHOLE:
         return Tokenize(**how, side=side or own_side(file))
     makers = labelling.default_labelers() if makers is None else makers
     features = next((maker for maker in makers if name in maker.emits), None)
