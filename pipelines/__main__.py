@@ -359,7 +359,7 @@ def doctor(
 
 def main() -> None:
     """Entry point of the console script."""
-    from pipelines import calibrate, columns, commands, watch  # noqa: F401  the other commands register themselves
+    from pipelines import calibrate, columns, commands, judging, watch  # noqa: F401  the other commands register themselves
 
     sys.excepthook = crash
     app()

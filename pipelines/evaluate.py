@@ -104,7 +104,7 @@ def evaluate(run: Evaluate) -> tuple[list[Score], dict[str, list[Any]]]:
     """The scores of every target that has a metric, and the predicted maps by modality."""
     from model import checkpoint
 
-    _apart(run)
+    apart(run.root, run.train_root)
     model, tokenizers, samples = checkpoint.from_pretrained(run.model), Tokenizers(run.tokenizers), Samples(run.root)
     targets = [s.target for s in run.steps]
     rows = samples.rows([*run.given, *(t for t in targets if t.startswith("tok_"))], run.samples)
@@ -119,16 +119,16 @@ def evaluate(run: Evaluate) -> tuple[list[Score], dict[str, list[Any]]]:
     return scores, maps
 
 
-def _apart(run: Evaluate) -> None:
+def apart(root: str, train_root: str) -> None:
     """ValueError when a sample to be scored is one of the training samples."""
     scored, trained = (
         {key for shard in dataset.committed("rgb") for key in dataset.keys(shard)}
-        for dataset in (Dataset(run.root), Dataset(run.train_root))
+        for dataset in (Dataset(root), Dataset(train_root))
     )
     if scored & trained:
         raise ValueError(
-            f"{len(scored & trained)} samples of {run.root}, such as {min(scored & trained)}, are also in "
-            f"{run.train_root}: a score needs samples that were not trained on"
+            f"{len(scored & trained)} samples of {root}, such as {min(scored & trained)}, are also in "
+            f"{train_root}: a score needs samples that were not trained on"
         )
 
 
