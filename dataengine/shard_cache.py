@@ -74,6 +74,16 @@ class ShardCache:
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"max_bytes {self.max_bytes}, expected at least 1")
 
+    @classmethod
+    def of_machine(cls) -> ShardCache:
+        """The one that DATAENGINE_CACHE (a folder) and DATAENGINE_CACHE_GB (a limit) of the environment say."""
+        said = os.environ.get("DATAENGINE_CACHE_GB", "")
+        try:
+            limit = int(float(said) * 1e9) if said else None
+        except (ValueError, OverflowError):
+            raise ValueError(f"DATAENGINE_CACHE_GB is {said!r}, expected a number of gigabytes") from None
+        return cls(os.environ.get("DATAENGINE_CACHE", ""), limit)
+
     @property
     def base(self) -> Path:
         """The folder of the copies: `folder`, or `dataengine/shards` among the user's caches."""
@@ -123,8 +133,8 @@ class ShardCache:
         limit = self._limit()
         if remote.num_bytes > limit:
             raise ValueError(
-                f"{remote.name} has {remote.num_bytes} bytes, the cache {self.base} may hold {limit}: raise its "
-                "max_bytes, free some space, or make smaller shards"
+                f"{remote.name} has {remote.num_bytes} bytes, the cache {self.base} may hold {limit}: allow it "
+                "more (DATAENGINE_CACHE_GB), free some space, or make smaller shards"
             )
         with self._telling(remote):
             self.base.mkdir(parents=True, exist_ok=True)

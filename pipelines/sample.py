@@ -14,7 +14,7 @@ import torch
 from dataengine import modalities
 from dataengine.manifest import Dataset
 from dataengine.modalities import TextLike
-from dataengine.packed import Packed
+from dataengine.stored import Shard
 from model import tokenizers
 from model.batches import normalised
 from model.fourm import FourM
@@ -62,10 +62,10 @@ class Samples:
     """Samples of a packed dataset under their centre crop, and their true values at the model's resolution."""
 
     root: str
-    shards: tuple[Packed, ...] = field(default=())
+    shards: tuple[Shard, ...] = field(default=())
 
     @cached_property
-    def _packed(self) -> tuple[Packed, ...]:
+    def _packed(self) -> tuple[Shard, ...]:
         return self.shards or packed_shards(self.root)
 
     def rows(self, names: Sequence[str], count: int) -> list[dict[str, Any]]:

@@ -43,9 +43,9 @@ def shards(root: str, cache: ShardCache | None = None, tars: Ml4m | None = None)
 
     `root` is a dataset with packed shards, a folder with a folder of tars for each modality, or a path of ml-4m
     (`root/[caption,tok_rgb@224]/shard-{000..099}.tar`). `cache` is where copies of what is not on this machine go, by
-    default the user's cache, as far as the disk allows.
+    default the one that this machine's environment names.
     """
-    cache = cache or ShardCache()
+    cache = cache or ShardCache.of_machine()
     if root.endswith(".tar"):
         return tuple(_tar_shards(ml4m.expand(root), cache, tars or Ml4m()))
     dataset = Dataset(root)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataengine.manifest import Dataset
-from dataengine.packed import Column, Packed
+from dataengine.packed import Column
+from dataengine.stored import Shard
 from model import mixture
 from model.batches import PackedDataset, spec_of
 from model.masking import MaskingConfig
 from model.spec import NUM_SENTINELS, SENTINEL_0, ModalitySpec, union
 from pipelines import sources
-from pipelines.pack import CELL
 from pipelines.sources import Ml4m
 
 RESERVED = SENTINEL_0 + NUM_SENTINELS
@@ -52,13 +51,9 @@ def refuse(problems: Sequence[str]) -> None:
         raise ValueError(f"{len(problems)} reasons not to train:\n" + "\n".join(f"- {said}" for said in problems))
 
 
-def packed_shards(root: str) -> tuple[Packed, ...]:
-    """The committed packed shards of a dataset, opened; ValueError when there are none."""
-    dataset = Dataset(root)
-    records = [dataset.commit(CELL, shard) for shard in dataset.committed(CELL)]
-    if not records:
-        raise ValueError(f"{root} holds no packed tokens; `dataengine pack` makes them")
-    return tuple(Packed(dataset.store.local_path(r.file)) for r in records if r is not None)
+def packed_shards(root: str) -> tuple[Shard, ...]:
+    """The shards of a root, of which none is read yet; ValueError when there are none."""
+    return sources.shards(root)
 
 
 def opened(data: Sequence[Source]) -> tuple[PackedDataset, ...]:

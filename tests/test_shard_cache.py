@@ -274,7 +274,7 @@ def test_what_is_not_what_was_committed_is_refused(
 def test_a_shard_that_cannot_fit_is_told(proxy: FaultyS3, bucket: str, tmp_path: Path) -> None:
     sizes = made(bucket, 1)
     (shard,) = sources.shards(bucket, ShardCache(str(tmp_path / "cache"), max_bytes=sizes[0] - 1))
-    with pytest.raises(ValueError, match=f"has {sizes[0]} bytes, the cache .*/cache may hold {sizes[0] - 1}: raise"):
+    with pytest.raises(ValueError, match=f"has {sizes[0]} bytes, the cache .*/cache may hold {sizes[0] - 1}: allow"):
         read(shard)
     with pytest.raises(ValueError, match="max_bytes 0, expected at least 1"):
         ShardCache(max_bytes=0)
@@ -327,6 +327,17 @@ def test_what_comes_next_is_fetched_ahead_as_far_as_there_is_room(
     while _opened.downloads._known and time.monotonic() < end:
         time.sleep(0.01)
     assert len(said) == len(sources_left)
+
+
+def test_the_environment_of_a_machine_says_where_and_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ShardCache.of_machine() == ShardCache()
+    monkeypatch.setenv("DATAENGINE_CACHE", "/scratch")
+    monkeypatch.setenv("DATAENGINE_CACHE_GB", "1.5")
+    assert ShardCache.of_machine() == ShardCache("/scratch", 1_500_000_000)
+    for bad in ("much", "inf", "0", "-1"):
+        monkeypatch.setenv("DATAENGINE_CACHE_GB", bad)
+        with pytest.raises(ValueError, match=r"DATAENGINE_CACHE_GB is|expected at least 1"):
+            ShardCache.of_machine()
 
 
 def test_the_limit_without_a_number_is_what_the_disk_can_spare(tmp_path: Path) -> None:
