@@ -35,6 +35,8 @@ from model.fourm import FourM, FourMConfig
 from model.masking import MaskedBatch, MaskingConfig, MixtureComponent, collate, mask_sample
 from model.spec import ModalitySpec
 
+QUICK, FULL = (("tiny",), 2, 1, 3), (("tiny", "base"), 8, 2, 7)
+"""Sizes, samples in a batch, threads, and steps that are timed."""
 TOKENS = 256
 GRIDS = ("rgb", "depth", "normal", "semseg", "clip", "dinov2", "imagebind", "canny_edge", "sam_edge")
 SEQUENCES = ("caption", "det", "metadata", "human_poses", "color_palette", "sam_instance")
@@ -46,7 +48,7 @@ LENGTHS = {"caption": (8, 40), "det": (5, 60), "human_poses": (1, 120), "color_p
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     """Steps a second and memory by size and precision."""
-    sizes, batch, threads, steps = (("tiny",), 2, 1, 3) if quick else (("tiny", "base"), 8, 2, 7)
+    sizes, batch, threads, steps = QUICK if quick else FULL
     found: dict[str, Any] = {"benchmark": "train_step", "batch": batch, "threads": threads, "sizes": {}}
     for size in sizes:
         for dtype in ("float32",) if quick else ("float32", "bfloat16"):

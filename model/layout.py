@@ -69,9 +69,9 @@ def inputs(batch: MaskedBatch, registers: int) -> Inputs:
     """Where the encoder's tokens lie."""
     modality = batch.enc_mod.cpu().numpy()
     names, sizes, slots = _by_modality(modality, batch.modalities)
-    rows = np.zeros(modality.size, np.int64)
-    rows[slots] = np.arange(1 + registers, 1 + registers + len(slots))
-    rows, real = rows.reshape(modality.shape), modality >= 0
+    rows: Ints = np.zeros(modality.shape, np.int64)
+    rows.reshape(-1)[slots] = np.arange(1 + registers, 1 + registers + len(slots))
+    real = modality >= 0
     if registers:
         own = np.tile(np.arange(1, registers + 1), (len(rows), 1))
         rows, real = np.concatenate([own, rows], axis=1), np.concatenate([own > 0, real], axis=1)
@@ -99,15 +99,15 @@ def targets(batch: MaskedBatch, *, causal: bool, separate: bool) -> Targets:
     rows[slots] = np.arange(len(slots))
     rows = rows[places]
     device = batch.dec_mod.device
-    held = (_on(array, device) for array in (slots, rows, places, np.argsort(rows)))
-    return Targets(names, sizes, *held, tuple(lengths), groups)
+    by_modality, which, where, scored = (_on(array, device) for array in (slots, rows, places, np.argsort(rows)))
+    return Targets(names, sizes, by_modality, which, where, scored, tuple(lengths), groups)
 
 
 def _by_modality(modality: Ints, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...], Ints]:
     flat = modality.ravel()
     sizes = np.bincount(flat[flat >= 0], minlength=len(names))
     slots = np.argsort(flat, kind="stable")[flat.size - sizes.sum() :]
-    (there,) = np.nonzero(sizes)
+    there = np.flatnonzero(sizes).tolist()
     return tuple(names[m] for m in there), tuple(sizes[there].tolist()), slots
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _published, _report, engine_ceiling, engine_efficiency, labelers
+from benchmarks import _published, _report, engine_ceiling, engine_efficiency, labelers, train_step
 from dataengine import plugins
 from dataengine.measured import Batch, Measured
 from pipelines import checkup
@@ -130,3 +130,20 @@ def test_a_row_of_the_table_is_of_the_fastest_batch() -> None:
     assert (found["batch"], found["images_per_second"], found["gigabytes"]) == (4, 20.0, 2.0)
     assert found["mfu"] == pytest.approx(0.2)
     assert found["gpu_hours"] == pytest.approx(1e7 / 20 / 3600)
+
+
+def test_train_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step of the smallest size on one modality of each kind, in this process."""
+
+    def child(_module: str, function: str, arguments: dict[str, Any], where: Any) -> Any:
+        assert (where / "model" / "fourm.py").exists()
+        return getattr(train_step, function)(**arguments)
+
+    monkeypatch.setattr(train_step, "QUICK", (("nano",), 1, 1, 1))
+    monkeypatch.setattr(train_step, "NAMES", ("rgb@224", "t5_caption", "color_palette", "tok_depth@224"))
+    monkeypatch.setattr(train_step._fresh, "call", child)
+    ours = quick(train_step, monkeypatch, capsys)["sizes"]["nano"]["float32"]["ours"]
+    assert ours["samples_per_s"] == pytest.approx(1 / ours["step_s"])
+    assert 0 < ours["first_loss"] < 20
+    assert 0 < ours["real"]["enc"] <= 1
+    assert ours["peak_mb"] > 0
