@@ -96,7 +96,7 @@ def keep(config: Any, folder: Path, free: Collection[str] = ()) -> None:
     """
     file, found = folder / "recipe.json", resolved(config)
     if file.exists() and (folder / "checkpoint").exists():
-        before = json.loads(file.read_text())
+        before = _aged(json.loads(file.read_text()), config)
         fixed = sorted((before.keys() | found.keys()) - {"loop", "out", *free})
         changed = [f"{n} {before.get(n)!r} -> {found.get(n)!r}" for n in fixed if before.get(n) != found.get(n)]
         if changed:
@@ -106,6 +106,23 @@ def keep(config: Any, folder: Path, free: Collection[str] = ()) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _aged(before: Any, config: Any) -> Any:
+    """A record with the settings that are younger than it: they had their defaults."""
+    if isinstance(before, list) and isinstance(config, tuple) and len(before) == len(config):
+        return [_aged(old, new) for old, new in zip(before, config, strict=True)]
+    if not isinstance(before, dict) or not dataclasses.is_dataclass(config):
+        return before
+    known = {
+        f.name: _aged(before[f.name], getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in before
+    }
+    young = {
+        f.name: json.loads(json.dumps(f.default, default=str))
+        for f in dataclasses.fields(config)
+        if f.name not in before and f.default is not dataclasses.MISSING
+    }
+    return {**before, **known, **young}
 
 
 def with_paths(config: C, old: str, new: str) -> C:

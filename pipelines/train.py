@@ -91,7 +91,7 @@ def train(run: TrainFourM) -> FitResult:
     out = Path(run.out)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        config.keep(run, out)
+        config.keep(run, out, free=("heldout", "heldout_batches", "heldout_tokens"))
         if made.changes is not None:
             about = {"from": run.init_from, **vars(made.changes)}
             (out / "initialised.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,21 @@ def test_a_variant_is_found_by_its_name() -> None:
         load("fourm7.xl")
     with pytest.raises(ValueError, match="unknown recipe 'fourm8'"):
         load("fourm8.large")
+
+
+def test_data_is_set_on_the_command_line() -> None:
+    run = config.override(load("fourm21"), ["heldout=[]", "data=[{root: mine, repeats: 2}, {root: c4, weight: 0.5}]"])
+    assert run.heldout == ()
+    assert [(s.root, s.weight, s.repeats, s.masking) for s in run.data] == [("mine", 1, 2, None), ("c4", 0.5, 1, None)]
+
+
+def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path: Path) -> None:
+    run = load("fourm7")
+    config.keep(run, tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    del record["heldout"], record["init_from"], record["data"][0]["window"], record["masking"]["only_targets"]
+    (tmp_path / "recipe.json").write_text(json.dumps(record))
+    config.keep(run, tmp_path, free=("heldout",))
+    with pytest.raises(ValueError, match="init_from '' -> 'other'"):
+        config.keep(replace(run, init_from="other"), tmp_path, free=("heldout",))
