@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,9 @@ def present(device: torch.device) -> Processes:
 
 def _leave() -> None:
     if dist.is_initialized():
+        # What a sharded model leaves lies in cycles of references. Its tensors must go while Python can see to it:
+        # gloo's threads abort the process if they are the last to let go of one when Python ends.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -183,7 +187,12 @@ class Trained:
                 sharding.shard(block, mesh)
             # Processes whose batches use other modalities must still exchange the same gradients.
             sharding.shard(inner, mesh).set_reduce_scatter_unused_params(unused_parameters)
-        if compiled:
+        self._plain: dict[str, Any] | None = None
+        if compiled and type(self.model).compile is not nn.Module.compile:
+            # A model that knows which part of it is a graph, whatever the batch.
+            self._plain = dict(vars(self.model))
+            self.model.compile()
+        elif compiled:
             inner.compile()
         self._inner = inner
         self._outer: nn.Module = inner
@@ -232,6 +241,11 @@ class Trained:
         """Put whole weights into the caller's model, on this process's device, and undo what was added to it."""
         for block in self._recomputed:
             del block.forward
+        if self._plain is not None:
+            held = vars(self.model)
+            for name in held.keys() - self._plain.keys():
+                del held[name]
+            held.update({name: value for name, value in self._plain.items() if name != "training"})
         if self.sharded:
             whole = self.model.state_dict()
             for name, value in self._caller.state_dict().items():

@@ -163,7 +163,7 @@ def check(config: LoopConfig, out: Path) -> dict[str, Any]:
             f"{config.warmup_steps} warm-up and {config.cooldown_steps} cool-down steps of {config.steps}, "
             "expected fewer than all"
         )
-    if config.cooldown_steps and config.schedule == "cosine":
+    if config.cooldown_steps and config.schedule.endswith("cosine"):
         raise ValueError(f"cooldown_steps {config.cooldown_steps}, expected 0: a cosine ends at min_lr by itself")
     path = out / "loop.json"
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))

@@ -166,6 +166,24 @@ def test_a_loss_that_reads_nothing_compiles_without_a_break() -> None:
     assert torch.equal(compiled(model, x)[1]["mean"], loss(model, x)[1]["mean"])
 
 
+def test_a_model_that_compiles_itself_does_so_and_is_left_as_it_was(plain: Path, tmp_path: Path) -> None:
+    class Own(Net):
+        compiled = 0
+
+        def compile(self, *args: object, **kwargs: object) -> None:
+            self.compiled += 1
+            self.extra = lambda: None
+
+    model, seen = Own(), []
+    fit(
+        model, batch_at, squared, replace(SHORT, compile=True), tmp_path,
+        on_log=lambda step, metrics: seen.append(model.compiled),
+    )  # fmt: skip
+    assert seen == [1] * 6
+    assert (model.compiled, hasattr(model, "extra"), model.training) == (0, False, False)
+    assert lines(tmp_path) == lines(plain)
+
+
 def test_lengths_in_tokens_are_those_of_4m_7_b() -> None:
     settings = {"total_tokens": 500e9, "warmup_tokens": 10e9, "input_tokens": 128, "target_tokens": 128, "batch": 8192}
     found = in_tokens(**settings, base_lr=1e-4)

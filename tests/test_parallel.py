@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from model import parallel, snapshots
+from model.evaluation import Heldout
 from model.loop import LoopConfig, NonFiniteLoss, fit
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +118,17 @@ def broken(number: int) -> Tensor:
     return batch_at(number) / (number != 23)  # of step 5, and of the last process
 
 
+HELD = Heldout(name="held", batch_at=batch_at, num_batches=5, loss=loss)  # one process has one batch less
+BEHIND = {"async_checkpoints": True, "workers": 1, "evaluate_every": 3}
+ROUGH = replace(CONFIG, dtype="bfloat16", parallel="fsdp", gather_dtype="bfloat16", reduce_dtype="bfloat16")
+
+
+def told(step: int, metrics: dict[str, float]) -> None:
+    """Only the first process logs, and only it is told to stop."""
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def noisy(parallel_mode: Any) -> tuple[LoopConfig, Net]:
     return replace(CONFIG, steps=16, checkpoint_every=3, parallel=parallel_mode), Net(dropout=0.2)
 
@@ -142,10 +155,16 @@ def scenarios(out: Path) -> None:
         snapshots.write_file(out / f"{mode}-{rank}.safetensors", snapshots.safetensors_bytes(net.state_dict()))
         fit(Net(), numbered_at, one_head, replace(config, unused_parameters=True), out / f"{mode}-heads")
         fit(Net(), batch_at, faint, replace(HALF, parallel=config.parallel), out / f"{mode}-half")
+        fit(Net(), batch_at, loss, replace(config, **BEHIND), out / f"{mode}-behind", evaluate=HELD)
+        stopped = replace(config, reshard=False, async_checkpoints=True)
+        result = fit(Net(), batch_at, loss, stopped, out / f"{mode}-told", on_log=told)
+        assert (result.steps, result.finished, result.checkpoint.is_dir()) == (4, False, True)
+        assert fit(Net(), batch_at, loss, stopped, out / f"{mode}-told").finished
         with pytest.raises(NonFiniteLoss, match=r"step 5: loss (inf|nan)"):
             fit(Net(), broken, loss, config, out / f"{mode}-broken")
         config, net = noisy(mode)
         fit(net, batch_at, loss, config, out / f"{mode}-noisy")
+    fit(Net(), batch_at, loss, ROUGH, out / "fsdp-rough")
     with pytest.raises(ValueError, match="batches_per_step 3 over 2 processes"):
         fit(Net(), batch_at, loss, replace(CONFIG, batches_per_step=3), out / "odd")
     with pytest.raises(ValueError, match="parallel 'none' in one of 2 processes"):
@@ -225,7 +244,7 @@ def assert_same_curve(run: Path, other: Path, but: AbstractSet[str] = frozenset(
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process and of two."""
     folder = tmp_path_factory.mktemp("runs")
-    fit(Net(), batch_at, loss, CONFIG, folder / "one")
+    fit(Net(), batch_at, loss, replace(CONFIG, evaluate_every=3), folder / "one", evaluate=HELD)
     for mode in TWO:
         shutil.copytree(folder / "one", folder / f"one-then-{mode}")
         shutil.rmtree(folder / f"one-then-{mode}" / "checkpoint" / "step-8")
@@ -300,6 +319,38 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(mode: str, out: Pat
     shutil.rmtree(moved / "checkpoint" / "step-8")
     fit(Net(), batch_at, loss, CONFIG, moved)
     assert_same_curve(out / "one", moved)
+
+
+def files(checkpoints: Path) -> dict[str, Any]:
+    """What lies in each file; of a file of tensors its header apart, where torch writes metadata in any order."""
+    found: dict[str, Any] = {}
+    for path in checkpoints.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            end = 8 + int.from_bytes(data[:8], "little")
+            name = str(path.relative_to(checkpoints))
+            found[name] = (json.loads(data[8:end]), data[end:]) if path.suffix == ".safetensors" else data
+    return found
+
+
+@pytest.mark.parametrize("mode", TWO)
+def test_checkpoints_behind_are_the_same_and_evaluations_are_shared_out(mode: str, out: Path) -> None:
+    found = files(out / f"{mode}-behind" / "checkpoint")
+    assert found == files(out / mode / "checkpoint")
+    assert len(found) == (14 if mode == "fsdp" else 8)
+    assert_same_curve(out / "one", out / f"{mode}-behind")
+    held = [line["eval/held/root"] for line in lines(out / f"{mode}-behind") if "eval/held/root" in line]
+    assert len(held) == 3
+
+
+@pytest.mark.parametrize("mode", TWO)
+def test_a_signal_to_one_process_stops_all_after_the_step(mode: str, out: Path) -> None:
+    assert_same_curve(out / f"{mode}-told", out / "one")
+
+
+def test_weights_gathered_in_bfloat16_are_rounded_and_train_alike(out: Path) -> None:
+    assert_same_curve(out / "fsdp-rough", out / "one", tolerance=0.05)
+    assert lines(out / "fsdp-rough")[-1]["loss"] != lines(out / "one")[-1]["loss"]
 
 
 def test_a_lost_tensor_of_a_sharded_checkpoint_is_named(out: Path) -> None:
