@@ -165,7 +165,7 @@ class FourM(nn.Module):
         "mod": the mean over output modalities of each one's mean, modalities without a target counting as 0 (ml-4m's
         default). "token": the mean over all targets.
         """
-        hidden, where = self._hidden(batch, self.encode(batch))
+        hidden, where = self._hidden(batch, self.encode(batch), scored=True)
         parts = hidden.index_select(0, where.scored).split(where.sizes)
         targets = batch.dec_targets.flatten()[where.slots].split(where.sizes)
         found = dict(zip(where.names, zip(parts, targets, strict=True), strict=True))
@@ -191,11 +191,11 @@ class FourM(nn.Module):
         whole = hidden.new_zeros(batch.dec_mod.numel(), hidden.shape[1])
         return whole.index_copy(0, where.places, hidden).view(*batch.dec_mod.shape, -1)
 
-    def _hidden(self, batch: MaskedBatch, context: Context) -> tuple[Tensor, layout.Targets]:
-        """Hidden states (T, D) of the real decoder tokens, and where those are."""
+    def _hidden(self, batch: MaskedBatch, context: Context, *, scored: bool = False) -> tuple[Tensor, layout.Targets]:
+        """Hidden states (T, D) of the real decoder tokens, and where those are; `scored` promises logits of all."""
         config = self.config
         where = layout.targets(batch, causal=config.decoder_causal_mask, separate=config.decoder_sep_mask)
-        y_TD = self._embed_targets(batch, where)
+        y_TD = self._embed_targets(batch, where, scored)
         own = self._planned(where.groups, y_TD)
         cross = [Group(n, m) for n, m in zip(where.lengths, context.lengths, strict=True)]
         return self._decoded(y_TD, context.tokens, own, self._planned(cross, y_TD)), where
@@ -261,7 +261,7 @@ class FourM(nn.Module):
             place.append(embedding.place(positions_T))
         return _rows(content, where.rows), _rows(place, where.rows)
 
-    def _embed_targets(self, batch: MaskedBatch, where: layout.Targets) -> Tensor:
+    def _embed_targets(self, batch: MaskedBatch, where: layout.Targets, scored: bool) -> Tensor:
         """Decoder inputs (T, D): previous id or mask token, plus place."""
         ids = batch.dec_ids.flatten()[where.slots].split(where.sizes)
         positions = batch.dec_pos.flatten()[where.slots].split(where.sizes)
@@ -272,7 +272,7 @@ class FourM(nn.Module):
             if embedding.spec.is_grid:
                 tokens.append(place + self.mask_token[0])
             else:
-                tokens.append(place + embedding.content(ids_T))
+                tokens.append(place + _previous(embedding, ids_T, scored))
         return _rows(tokens, where.rows)
 
     @torch.no_grad()
@@ -294,6 +294,16 @@ class FourM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")):
                 parameter.normal_(std=_INIT_STD, generator=generator)
+
+
+def _previous(embedding: TargetEmbedding, ids_T: Tensor, scored: bool) -> Tensor:
+    table = embedding.token_emb
+    tied = type(table) is nn.Embedding and table.weight is embedding.to_logits.weight
+    if not (tied and scored) or torch.compiler.is_compiling():
+        return embedding.content(ids_T)
+    # The logits give the table a whole gradient, to which autograd adds these rows in place; else it would make a
+    # second whole one, zero but for them, and a third as their sum.
+    return F.embedding(ids_T, table.weight, table.padding_idx, sparse=True)
 
 
 def _rows(parts: list[Tensor], index: Tensor) -> Tensor:
