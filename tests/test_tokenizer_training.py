@@ -134,7 +134,9 @@ def test_a_run_that_was_cut_goes_on_with_the_same_losses(scenes: Path, tmp_path:
     assert len(ours) == 8
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        assert all(abs(a[k] - b[k]) <= 1e-6 * max(1.0, abs(b[k])) for k in a if k != "seconds")
+        assert all(
+            abs(a[k] - b[k]) <= 1e-6 * max(1.0, abs(b[k])) for k in a if k != "seconds" and not k.startswith("run/")
+        )
     assert tokenizer_file(half).read_bytes() == tokenizer_file(whole).read_bytes()
     assert {"heldout/usage", "heldout/dead", "heldout/perplexity", "heldout/abs-rel"} <= theirs[3].keys()
     tokenizer = tokenizers.read(tokenizer_file(whole))
