@@ -32,7 +32,7 @@ from model.budgets import (
     token_budget,
 )
 from model.dense import Dense, gather
-from model.selection import prepared, select, within
+from model.selection import flattened, select, within
 from model.spec import ModalitySpec
 
 __all__ = [
@@ -129,10 +129,8 @@ def lengths(specs: Sequence[ModalitySpec], samples: Sequence[Mapping[str, Any]])
     out = np.zeros((len(samples), len(specs)), np.int64)
     for m, spec in enumerate(specs):
         if not spec.is_grid:
-            for b, sample in enumerate(samples):
-                value = sample.get(spec.name)
-                if value is not None:
-                    out[b, m] = len(prepared(spec, value)[0])
+            rows = [b for b, sample in enumerate(samples) if sample.get(spec.name) is not None]
+            out[rows, m] = flattened(spec, [samples[b][spec.name] for b in rows])[3]
     return out
 
 

@@ -1,8 +1,12 @@
-"""Span masking of token ids with sentinels, as T5 and 4M do it, and its inverse."""
+"""Span masking of token ids with sentinels, as T5 and 4M do it, of many sequences at once; and its inverse.
+
+K sequences lie one after the other in flat arrays; `counts` (K,) says how many elements each has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,58 +17,104 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _DECAY = 0.9  # of the keep probability, each time a masked sequence does not fit its budget
-_TRIES = 16  # at a time
+_TRIES = 8  # at a time, at most
 
 
-def fitting_keep(rng: np.random.Generator, units: int, lengths: Ints | None, budget: int, probability: float) -> Bools:
-    """Which of a sequence's ids are kept, each unit with one probability, such that kept ids and sentinels fit.
+def fitting_keep(rng: np.random.Generator, counts: Ints, lengths: Ints, budgets: Ints, shares: NDArray[Any]) -> Bools:
+    """Which units are kept, each unit of a sequence with its probability, such that kept ids and sentinels fit.
 
-    The probability decays until they do. `lengths`: ids of each unit; None: a unit is an id. Tries are drawn several at
-    a time, for each is as likely as if drawn alone.
+    counts: units of each sequence; a unit, of so many ids as `lengths` says, is kept or masked whole. Where a sequence
+    does not fit its budget the probability decays and all of it is drawn again. Tries are drawn several at a time, for
+    each is as likely as if drawn alone. Nothing is kept where the budget is 0.
     """
-    tries = 1
-    while True:
-        shares = probability * _DECAY ** np.arange(tries)
-        kept = rng.random((tries, units)) < shares[:, None]
-        used = span_starts(kept)
-        if lengths is not None:
-            sizes = kept @ lengths + np.count_nonzero(used, axis=1)
-        else:
-            sizes = np.count_nonzero(kept, axis=1) + np.count_nonzero(used, axis=1)
-        first = int(np.argmax(sizes <= budget))
-        if sizes[first] <= budget:
-            return kept[first] if lengths is None else np.repeat(kept[first], lengths)
-        probability *= _DECAY**tries
-        tries = _TRIES
+    kept = np.zeros(len(lengths), bool)
+    firsts = np.cumsum(counts) - counts
+    (left,) = np.nonzero((counts > 0) & (budgets > 0))
+    shares, tries = shares.astype(np.float64), 1
+    while len(left):
+        sizes = np.repeat(counts[left], tries)
+        begins = np.cumsum(sizes) - sizes
+        places = np.repeat(np.repeat(firsts[left], tries) - begins, sizes) + np.arange(sizes.sum())
+        chances = (shares[left][:, None] * _DECAY ** np.arange(tries)).astype(np.float32).reshape(-1)
+        drawn = rng.random(len(places), np.float32) < np.repeat(chances, sizes)
+        used = np.add.reduceat(drawn * lengths[places] + span_starts(drawn, begins), begins)
+        fits = used.reshape(-1, tries) <= budgets[left][:, None]
+        first_fit = fits & (np.cumsum(fits, axis=1) == 1)
+        chosen = np.repeat(first_fit.reshape(-1), sizes)
+        kept[places[chosen]] = drawn[chosen]
+        shares[left] *= _DECAY**tries
+        left, tries = left[~fits.any(axis=1)], min(_TRIES, 2 * tries)
+    return kept
 
 
-def mask_inputs(ids: Ints, keep: Bools) -> Ints:
-    """The input ids of `mask_spans` alone."""
-    starts = span_starts(keep)
-    return np.where(keep, ids, SENTINEL_0 + np.cumsum(starts))[keep | starts]
+def span_starts(keep: Bools, firsts: Ints) -> Bools:
+    """True at the first masked id of each run of masked ids; `firsts` are the places where sequences begin."""
+    follows = np.empty_like(keep)
+    follows[1:] = keep[:-1]
+    follows[firsts[firsts < len(keep)]] = True
+    starts: Bools = follows & ~keep
+    return starts
 
 
-def mask_spans(ids: Ints, keep: Bools) -> tuple[Ints, Ints, Ints]:
-    """Replace each run of masked ids by a sentinel, counted from [S_1].
+def mask_inputs(ids: Ints, keep: Bools, counts: Ints) -> tuple[Ints, Bools]:
+    """Ids, each run of masked ones as a sentinel, counted from [S_1] in each sequence; and which are left of them."""
+    firsts = np.cumsum(counts) - counts
+    starts = span_starts(keep, firsts)
+    before = np.append(0, np.cumsum(starts))
+    number = before[1:] - np.repeat(before[firsts], counts)
+    return np.where(keep, ids, SENTINEL_0 + number), keep | starts
 
-    Returns the input ids, the target ids ([S_1] span [S_2] span ... and a closing sentinel), and where the targets'
-    sentinels are.
+
+class Targets(NamedTuple):
+    """Target ids of K sequences, [S_1] span [S_2] span ... and a closing sentinel: flat, `counts` (K,) of each.
+
+    sentinels: places, within their sequence, of those that are not the closing one; `spans` (K,) of each.
     """
-    return mask_inputs(ids, keep), *mask_targets(ids, keep)
+
+    ids: Ints
+    counts: Ints
+    sentinels: Ints
+    spans: Ints
 
 
-def mask_targets(ids: Ints, keep: Bools) -> tuple[Ints, Ints]:
-    """The target ids of `mask_spans` alone, and where their sentinels are."""
-    masked = np.flatnonzero(~keep)
-    # A span begins where a masked id does not follow the one before.
-    first = np.flatnonzero(np.diff(masked, prepend=-2) > 1)
-    sentinels = np.append(first, len(masked)) + np.arange(len(first) + 1)
-    targets = np.empty(len(masked) + len(sentinels), np.int64)
-    is_id = np.ones(len(targets), bool)
-    is_id[sentinels] = False
-    targets[sentinels] = np.arange(SENTINEL_0 + 1, SENTINEL_0 + 1 + len(sentinels))
-    targets[is_id] = ids[masked]
-    return targets, sentinels
+def mask_targets(ids: Ints, keep: Bools, counts: Ints) -> Targets:
+    """The targets that go with `mask_inputs`."""
+    firsts = np.cumsum(counts) - counts
+    (masked,) = np.nonzero(~keep)
+    starts = span_starts(keep, firsts)[masked]
+    owner = np.repeat(np.arange(len(counts)), counts)[masked]
+    spans = np.bincount(owner[starts], minlength=len(counts))
+    sizes = np.bincount(owner, minlength=len(counts)) + spans + 1
+    ends = np.cumsum(sizes)
+    # Before each masked id lie those of its sequence, the sentinels so far, and all sequences before with theirs.
+    places = np.arange(len(masked)) + np.cumsum(starts) + owner
+    number = np.cumsum(starts) - (np.cumsum(spans) - spans)[owner]
+    out = np.empty(sizes.sum(), np.int64)
+    out[places] = ids[masked]
+    out[places[starts] - 1] = SENTINEL_0 + number[starts]
+    out[ends - 1] = SENTINEL_0 + 1 + spans
+    return Targets(out, sizes, places[starts] - 1 - (ends - sizes)[owner[starts]], spans)
+
+
+def fit_targets(rng: np.random.Generator, targets: Targets, budgets: Ints) -> tuple[Ints, Ints]:
+    """(first, size) of the part of each target that is within its budget, (K,) each.
+
+    Cut ones start at a sentinel and waste as little as the spans allow.
+    """
+    first, size = np.zeros_like(budgets), np.minimum(targets.counts, budgets)
+    (over,) = np.nonzero((targets.counts > budgets) & (budgets > 0))
+    if not len(over):
+        return first, size
+    begins = np.cumsum(targets.spans) - targets.spans
+    # Never the closing one, if there is another; one that is too long to fit has another.
+    start = targets.sentinels[begins[over] + rng.integers(0, np.maximum(1, targets.spans[over]))]
+    owner = np.repeat(np.arange(len(budgets)), targets.spans)
+    too_early = (targets.counts - budgets)[owner] > targets.sentinels
+    index = np.bincount(owner[too_early], minlength=len(budgets))[over]
+    closing = index == targets.spans[over]
+    earliest = np.where(closing, targets.counts[over] - 1, np.append(targets.sentinels, 0)[begins[over] + index])
+    first[over] = np.where(targets.counts[over] - start < budgets[over], earliest, start)
+    return first, np.minimum(targets.counts - first, budgets)
 
 
 def merge_spans(inputs: Sequence[int], targets: Sequence[int]) -> list[int]:
@@ -83,22 +133,3 @@ def merge_spans(inputs: Sequence[int], targets: Sequence[int]) -> list[int]:
         else:
             merged.append(int(token))
     return merged
-
-
-def fit_target(rng: np.random.Generator, targets: Ints, sentinels: Ints, budget: int) -> Ints:
-    """Cut a target of spans to `budget` ids, starting at a sentinel and wasting as little as the spans allow."""
-    if len(targets) <= budget:
-        return targets
-    if budget <= 0:
-        return targets[:0]
-    start = int(sentinels[rng.integers(max(1, len(sentinels) - 1))])  # never the closing one, if there is another
-    if len(targets) - start < budget:
-        start = int(sentinels[np.argmax(len(targets) - sentinels <= budget)])
-    return targets[start : start + budget]
-
-
-def span_starts(keep: Bools) -> Bools:
-    """True at the first masked id of each run of masked ids along the last axis."""
-    starts = ~keep
-    starts[..., 1:] &= keep[..., :-1]
-    return starts

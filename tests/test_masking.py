@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.dense import patches
 from model.embeddings import RGB_MEAN, RGB_STD, PixelEmbedding
 from model.masking import MaskingConfig, MixtureComponent, collate, dirichlet, mask_sample, token_budget
-from model.spans import fit_target, mask_spans, merge_spans
+from model.spans import fit_targets, mask_inputs, mask_targets, merge_spans
 from model.spec import EOS, ModalitySpec
 
 RGB = ModalitySpec(name="rgb@64", kind="pixels", max_tokens=16, patch_size=16)
@@ -40,6 +40,14 @@ def example(rng):
     }
 
 
+def mask_spans(ids, keep):
+    """Input ids, target ids and where the targets' sentinels are, of one sequence."""
+    counts = np.array([len(ids)])
+    shown, left = mask_inputs(ids, keep, counts)
+    targets = mask_targets(ids, keep, counts)
+    return shown[left], targets.ids, np.append(targets.sentinels, len(targets.ids) - 1)
+
+
 def test_span_masking_of_the_documented_example():
     words = ["a", "small", "brown", "dog", "runs", "on", "the", "wet", "sand"]
     ids = np.array([300 + i for i in range(len(words))] + [EOS])
@@ -62,17 +70,30 @@ def test_merging_undoes_span_masking(tokens):
     assert all(5 + n == targets[s] for n, s in enumerate(sentinels))
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 50), st.integers(0, 2**32))
-def test_a_fitted_target_starts_at_a_sentinel_and_wastes_nothing_it_could_hold(keep, budget, seed):
-    ids = np.arange(300, 300 + len(keep))
-    _, targets, sentinels = mask_spans(ids, np.array(keep))
-    fitted = fit_target(np.random.default_rng(seed), targets, sentinels, budget)
-    assert len(fitted) <= budget
-    if budget:
-        assert fitted[0] in targets[sentinels]
-        assert "".join(map(str, fitted)) in "".join(map(str, targets))
-    if len(targets) <= budget:
-        assert fitted.tolist() == targets.tolist()
+SEQUENCES = st.lists(st.tuples(st.lists(st.booleans(), max_size=40), st.integers(0, 50)), min_size=1, max_size=5)
+
+
+@given(SEQUENCES, st.integers(0, 2**32))
+def test_a_fitted_target_starts_at_a_sentinel_and_wastes_nothing_it_could_hold(sequences, seed):
+    keeps, budgets = [np.array(keep, bool) for keep, _ in sequences], np.array([budget for _, budget in sequences])
+    ids = [1000 * i + 300 + np.arange(len(keep)) for i, keep in enumerate(keeps)]
+    counts = np.array([len(keep) for keep in keeps])
+    targets = mask_targets(np.concatenate(ids), np.concatenate(keeps), counts)
+    first, size = fit_targets(np.random.default_rng(seed), targets, budgets)
+    begins = np.cumsum(targets.counts) - targets.counts
+    for i, budget in enumerate(budgets):
+        _, whole, sentinels = mask_spans(ids[i], keeps[i])
+        # Of several sequences at once, each is as if it were alone.
+        assert targets.ids[begins[i] : begins[i] + targets.counts[i]].tolist() == whole.tolist()
+        if len(whole) <= budget:
+            assert (first[i], size[i]) == (0, len(whole))
+        elif budget:
+            assert first[i] in sentinels
+            assert size[i] == budget or len(whole) - first[i] == size[i] == max(
+                n for n in len(whole) - sentinels if n <= budget
+            )
+        else:
+            assert size[i] == 0
 
 
 def test_all_zero_concentrations_split_evenly_as_in_ml4m():

@@ -14,7 +14,7 @@ import pytest
 
 from model import budgets
 from model.masking import MaskingConfig, MixtureComponent, apply, draw, lengths, mask_sample, present
-from model.spans import fit_target, fitting_keep, mask_spans
+from model.spans import fit_targets, fitting_keep, mask_inputs, mask_targets
 from model.spec import NUM_SENTINELS, SENTINEL_0
 from tests.golden import make_masking as golden
 
@@ -130,13 +130,16 @@ def test_spans_and_their_truncation_are_ml4ms_on_the_same_draws():
         file["given_ids"], file["given_keep"], file["given_spans"], strict=True
     ):
         n = int(there.sum())
-        ours_in, whole, sentinels = mask_spans(ids[:n].astype(np.int64), keep[:n].astype(bool))
+        one = ids[:n].astype(np.int64), keep[:n].astype(bool), np.array([n])
+        shown, left = mask_inputs(*one)
+        ours_in, whole = shown[left], mask_targets(*one)
         rng = mock.Mock()
-        rng.integers.side_effect = lambda high, chosen=int(chosen): chosen % high
-        ours_out = fit_target(rng, whole, sentinels, int(budget))
+        rng.integers.side_effect = lambda low, high, chosen=int(chosen): chosen % high
+        (first,), (size,) = fit_targets(rng, whole, np.array([int(budget)]))
+        ours_out = whole.ids[first : first + size]
         assert ours_in.tolist() == inputs[inputs > 0].tolist()
         assert ours_out.tolist() == targets[targets > 0].tolist()
-        truncated += len(ours_out) < len(whole)
+        truncated += len(ours_out) < len(whole.ids)
     assert truncated > 10
 
 
@@ -222,5 +225,8 @@ def test_keeping_until_it_fits_is_distributed_as_trying_one_by_one(chunks):
 
     rng = np.random.default_rng(4)
     slow = np.bincount([one_by_one(rng) for _ in range(3000)], minlength=14)
-    quick = np.bincount([fitting_keep(rng, units, chunks, budget, share).sum() for _ in range(3000)], minlength=14)
+    # Three thousand sequences at once.
+    sizes = np.ones(units, np.int16) if chunks is None else chunks
+    kept = fitting_keep(rng, *(np.full(3000, units), np.tile(sizes, 3000), np.full(3000, budget), np.full(3000, share)))
+    quick = np.bincount(kept.reshape(3000, units) @ sizes, minlength=14)
     assert distance(slow, quick) < math.sqrt(-0.5 * math.log(0.001 / 2) * 2 / 3000)
