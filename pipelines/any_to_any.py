@@ -36,8 +36,8 @@ class AnyToAny:
     """A trained model and held-out samples; `train_samples` of `train_root` give constants and neighbours.
 
     `draws` of each prediction are generated, and what they agree on is scored: the mean of images, the median of
-    depths, the caption nearest to the others. `makers` make the features that are no label. `shown` samples are kept
-    for the page.
+    depths, the caption nearest to the others. A text ends after `text_tokens` ids. `makers` make the
+    features that are no label. `shown` samples are kept for the page.
     """
 
     model: str
@@ -49,6 +49,7 @@ class AnyToAny:
     train_samples: int = 2000
     draws: int = 8
     text_draws: int = 4
+    text_tokens: int = 64
     neighbours: int = 32
     resamples: int = 1000
     batch: int = 50
@@ -260,7 +261,7 @@ def _predicted(
     for start in range(0, len(rows), run.batch):
         part = conditions(rows[start : start + run.batch], [source])
         for names, draws in ((grids, run.draws), (texts, run.text_draws)):
-            steps = [_step(name, tokenizers) for name in names]
+            steps = [_step(run, name, tokenizers) for name in names]
             drawn = generate_each(model, part, steps, draws=draws, seed=run.seed + start)
             for name, ids in drawn.items():
                 measure = measures[modality_of(name)[0]]
@@ -273,12 +274,12 @@ def _predicted(
     return made, kept
 
 
-def _step(column: str, tokenizers: Tokenizers) -> Step:
+def _step(run: AnyToAny, column: str, tokenizers: Tokenizers) -> Step:
     if column.startswith("tok_"):
         return Step(target=column, scheme="roar", num_steps=1)
     # Palettes have any number of colours: the one that is compared is asked for.
     prefix = tuple(tokenizers.text.encode(f"v1={PALETTE}")) if column == "color_palette" else ()
-    return Step(target=column, scheme="autoregressive", prefix=prefix)
+    return Step(target=column, scheme="autoregressive", prefix=prefix, max_tokens=run.text_tokens)
 
 
 def _values(tokenizers: Tokenizers, column: str, ids: Any) -> list[Any]:

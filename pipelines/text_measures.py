@@ -105,6 +105,8 @@ def _overlap(made: Boxes, true: Boxes) -> float:
     areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b)]
     iou = both / np.maximum(areas[0] + areas[1] - both, 1e-12)
     iou = iou * (np.array(made.names)[:, None] == np.array(true.names))
+    if not iou.any():
+        return 0.0
     rows, columns = linear_sum_assignment(-iou)
     return float(iou[rows, columns].sum())
 
