@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,24 @@ from dataengine.storage import Entry, Store
 _THREADS = 8
 _AT_ONCE = 64  # rows that are made at a time, where all are looked at
 
-Values = Callable[[Sequence[str], dict[str, list[Member]], Sequence[Column], bool], Mapping[str, Iterable[Any]]]
-"""(keys, their members by modality, columns, whether text is tokenised) to what `packed.build` takes; picklable."""
+
+class Values(Protocol):
+    """What makes packed values of members; it can be pickled."""
+
+    def __call__(
+        self,
+        keys: Sequence[str],
+        members: dict[str, list[Member]],
+        columns: Sequence[Column],
+        *,
+        encoded: bool = True,
+        only: int | None = None,
+    ) -> Mapping[str, Iterable[Any]]:
+        """What `packed.build` takes of keys and their members by modality.
+
+        Without `encoded`, texts are of any ids. `only`: of this crop alone, as if there were no other.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -103,11 +119,9 @@ class TarShard:
                 f"row {index} under crop {chosen}: {self.path} has {len(self)} rows, {self.num_crops} crops"
             )
         columns = [self._column(name) for name in names]
-        batch = self._batch(range(index, index + 1), list(dict.fromkeys(columns)), True)
+        batch = self._batch(range(index, index + 1), list(dict.fromkeys(columns)), only=chosen)
         draws: _packed_rows.Draws = {}
-        return {
-            c.name: _packed_rows.reader(c, batch.column(c.name), self.num_crops)(0, chosen, rng, draws) for c in columns
-        }
+        return {c.name: _packed_rows.reader(c, batch.column(c.name), 1)(0, 0, rng, draws) for c in columns}
 
     def present(self, names: Sequence[str]) -> np.ndarray:
         """See `packed.Packed.present`; of captions, metadata and the like, found out once for all rows, and kept."""
@@ -130,15 +144,18 @@ class TarShard:
             raise KeyError(name)
         return found
 
-    def _batch(self, rows: range, columns: Sequence[Column], encoded: bool) -> pa.RecordBatch:
-        """Packed rows."""
+    def _batch(
+        self, rows: range, columns: Sequence[Column], *, encoded: bool = True, only: int | None = None
+    ) -> pa.RecordBatch:
+        """Packed rows, of all crops or of one."""
         index = self._index()
         modalities = dict.fromkeys(m for c in columns for m in self.reading.needs[c.name])
         keys = index.keys[rows.start : rows.stop]
         files = self._files()
         members = {m: [self._member(index, m, row, files) for row in rows] for m in modalities if m in index.columns}
         try:
-            return packed.build(columns, self.num_crops, keys, self.reading.values(keys, members, columns, encoded))
+            values = self.reading.values(keys, members, columns, encoded=encoded, only=only)
+            return packed.build(columns, self.num_crops if only is None else 1, keys, values)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -173,7 +190,7 @@ class TarShard:
 
         def found() -> np.ndarray:
             rows = [range(i, min(i + _AT_ONCE, self.num_rows)) for i in range(0, self.num_rows, _AT_ONCE)]
-            parts = [self._batch(some, [column], what == "lengths").column(column.name) for some in rows]
+            parts = [self._batch(some, [column], encoded=what == "lengths").column(column.name) for some in rows]
             return np.concatenate([np.zeros(0, dtype), *(of(column, part) for part in parts)]).astype(dtype)
 
         def kept() -> tuple[np.ndarray, list[int]]:

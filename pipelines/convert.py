@@ -181,9 +181,12 @@ def _convert_shard(worker: Convert, encode: Encode, task: Task) -> Report:
 
 
 def values_of(
-    worker: Convert, keys: Sequence[str], members: dict[str, list[Member]], encode: Encode
+    worker: Convert, keys: Sequence[str], members: dict[str, list[Member]], encode: Encode, only: int | None = None
 ) -> dict[str, Iterator[Any]]:
-    """What `packed.build` takes, made when it is asked for; members are taken away as they are used."""
+    """What `packed.build` takes, made when it is asked for; members are taken away as they are used.
+
+    `only`: of this crop alone, as if there were no other.
+    """
     with_pixels = any(c.kind in pack.IMAGES for c in worker.columns)
     images = [m.data for m in members.get("rgb", [])]
     placed = bool(set(members) & set(PLACED)) or with_pixels
@@ -196,6 +199,7 @@ def values_of(
     for key, here in zip(keys, crops, strict=True):
         if len(here) != worker.num_crops:
             raise ValueError(f"crop_settings of {key}: {len(here)} crops, expected {worker.num_crops}")
+    crops = crops if only is None else [here[only : only + 1] for here in crops]
     members.pop("rgb", None)
     if not with_pixels:
         images.clear()
@@ -206,7 +210,7 @@ def values_of(
             continue
         if column.name not in members:
             raise ValueError(f"no {column.name}, which the first shard has")
-        rows[column.name] = _values(worker, column, members.pop(column.name), crops, sizes, encode)
+        rows[column.name] = _values(worker, column, members.pop(column.name), crops, sizes, encode, only)
     return rows
 
 
@@ -217,16 +221,34 @@ def _values(
     crops: Sequence[Sequence[Crop]],
     sizes: Sequence[tuple[int, int]],
     encode: Encode,
+    only: int | None,
 ) -> Iterator[Any]:
     codec = modalities.load(column.codec or column.name)
     for m, c, size in zip(pack.taken(members), crops, sizes, strict=True):
-        value = pack.row(column, codec, m.key, ml4m.decode(column.name, m), c, size, encode)
-        yield _by_crop(column, value, worker, m.key)
+        value = ml4m.decode(column.name, m)
+        if only is not None:
+            value = _under(column, value, worker.num_crops, only, m.key)
+        found = _by_crop(column, pack.row(column, codec, m.key, value, c, size, encode), worker, m.key)
+        yield found[only : only + 1] if only is not None and _aligned(column, worker) and found else found
+
+
+def _under(column: Column, value: Any, num_crops: int, only: int, key: str) -> Any:
+    """A value that was made crop by crop, of one crop."""
+    if column.kind != "tokens" and column.name != "sam_instance":
+        return value
+    rows = value if column.kind == "tokens" else value["crops"]
+    if len(rows) != num_crops:
+        raise ValueError(f"{column.name} of {key}: {len(rows)} crops, expected {num_crops}")
+    return rows[only : only + 1] if column.kind == "tokens" else {**value, "crops": rows[only : only + 1]}
+
+
+def _aligned(column: Column, worker: Convert) -> bool:
+    return worker.aligned and column.name in ("caption", "t5_caption")
 
 
 def _by_crop(column: Column, variants: Any, worker: Convert, key: str) -> Any:
     """Captions and embeddings one a crop, where they are aligned; one alone is that of every crop."""
-    if not worker.aligned or column.name not in ("caption", "t5_caption") or variants is None:
+    if not _aligned(column, worker) or variants is None:
         return variants
     if len(variants) == 1:
         return list(variants) * worker.num_crops

@@ -132,12 +132,18 @@ class _Values:
     worker: Convert | None
 
     def __call__(
-        self, keys: Sequence[str], members: dict[str, list[Member]], columns: Sequence[Column], encoded: bool
+        self,
+        keys: Sequence[str],
+        members: dict[str, list[Member]],
+        columns: Sequence[Column],
+        *,
+        encoded: bool = True,
+        only: int | None = None,
     ) -> Mapping[str, Iterable[Any]]:
         assert self.worker is not None
         worker = replace(self.worker, columns=tuple(columns))
         encode = _encoder(worker.text_tokenizer) if encoded else _unknown
-        return convert.values_of(worker, keys, members, encode)
+        return convert.values_of(worker, keys, members, encode, only)
 
 
 @functools.lru_cache(maxsize=4)

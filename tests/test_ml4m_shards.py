@@ -77,7 +77,10 @@ def hold_equal(found: tuple[Shard, ...], expected: tuple[Shard, ...]) -> None:
                 here = two.row(row, np.random.default_rng(seed), names)
                 assert list(there) == list(here)
                 assert [n for n in names if not same(there[n], here[n])] == []
-            assert one.row(row, np.random.default_rng(0), names[:2], 1).keys() == set(names[:2])
+            for crop in range(two.num_crops):
+                there = one.row(row, np.random.default_rng(0), names[::-1], crop)
+                here = two.row(row, np.random.default_rng(0), names[::-1], crop)
+                assert [n for n in names if not same(there[n], here[n])] == []
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -114,7 +117,7 @@ def test_a_folder_of_folders_is_found_and_indexed_once(
     assert present.shape == (2, 3)
     _opened.here.clear()
     monkeypatch.setattr(_tar_index, "made", lambda *_: pytest.fail("indexed again"))
-    monkeypatch.setattr(TarShard, "_batch", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(TarShard, "_batch", lambda *_, **__: pytest.fail("made again"))
     again = sources.shards(str(base / "tars"), cache, told(base))
     assert np.array_equal(again[0].present(["caption", "metadata", "tok_rgb@224"]), present)
     with pytest.raises(ValueError, match="read-only"):
@@ -192,6 +195,10 @@ def test_one_tar_of_several_modalities_under_other_names(base: Path, tmp_path: P
         (hostile.member(b"a.npy", b"\x93NUMPY") + hostile.END, "no readable .npy"),
         (hostile.member(b"a.npy", ids(np.full((1, 196), -3))) + hostile.END, r"expected ids .* in 0..65535"),
         (hostile.member(b"a.txt", b"x") + hostile.END, "no readable .npy"),
+        (
+            hostile.member(b"a.npy", ids(np.zeros((1, 7), int))) + hostile.END,
+            "with 7 tokens is not among the published",
+        ),
         (hostile.END, "holds no sample"),
     ],
 )
@@ -217,6 +224,19 @@ def test_a_pickle_among_the_tokens_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s.tar: tok_rgb@224 of 'b': .*Object arrays cannot be loaded"):
         shard.row(1, np.random.default_rng(0), ["tok_rgb@224"])
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_sample_of_other_crops_or_tokens_than_the_first_is_refused(tmp_path: Path) -> None:
+    shapes = ((2, 196), (3, 196), (2, 195))
+    members = [(f"{i}.tok_rgb@224.npy", ids(np.zeros(shape, np.int16))) for i, shape in enumerate(shapes)]
+    (tmp_path / "s.tar").write_bytes(tar(*members))
+    (shard,) = sources.shards(str(tmp_path / "s.tar"), ShardCache(str(tmp_path / "cache")))
+    rng = np.random.default_rng(0)
+    assert shard.row(0, rng, ["tok_rgb@224"], 1)["tok_rgb@224"].shape == (196,)
+    with pytest.raises(ValueError, match="tok_rgb@224 of 1: 3 crops, expected 2"):
+        shard.row(1, rng, ["tok_rgb@224"], 1)
+    with pytest.raises(ValueError, match=r"tok_rgb@224: expected \(1, 196\), got \(1, 195\)"):
+        shard.row(2, rng, ["tok_rgb@224"], 1)
 
 
 def test_tars_that_change_or_are_not_the_same_are_told(tmp_path: Path) -> None:

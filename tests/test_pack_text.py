@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -70,14 +71,15 @@ def test_every_kind_of_file_gives_its_rows_in_order(tmp_path: Path, text_tokeniz
     (folder / "c.jsonl").write_bytes(b"\n" + data.replace(b"\n", b"\n\n"))
     pq.write_table(pa.table({"text": values, "n": range(70)}), folder / "d.parquet", row_group_size=16)
     pq.write_table(pa.table({"text": pa.array(values).dictionary_encode()}), folder / "e.parquet")
+    (folder / "f.ndjson.bz2").write_bytes(bz2.compress(data))
     (folder / "README.md").write_bytes(b"no texts")
-    assert packed(tmp_path / "out", [str(folder)], text_tokenizer, rows=30) == list(range(15))
+    assert packed(tmp_path / "out", [str(folder)], text_tokenizer, rows=30) == list(range(18))
     found = rows_of(tmp_path / "out")
-    assert [ids for _, ids in found] == expected * 5
-    assert len({key for key, _ in found}) == 350
+    assert [ids for _, ids in found] == expected * 6
+    assert len({key for key, _ in found}) == 420
     assert [found[i][0] for i in (0, 69, 70)] == ["a--000000000", "a--000000069", "b--000000000"]
     shards = sources.shards(str(tmp_path / "out"))
-    assert [len(s) for s in shards] == [30, 30, 10] * 5
+    assert [len(s) for s in shards] == [30, 30, 10] * 6
     assert {tuple(s.columns) for s in shards} == {("caption",)}
     assert shards[0].columns["caption"].vocab_size == TextTokenizer.load(Path(text_tokenizer)).vocab_size
 
