@@ -29,7 +29,9 @@ from pipelines.cli import (
 from pipelines.running import console
 from pipelines.tokens import Precision
 
-Name = Annotated[str, typer.Argument(help="A recipe of pipelines/recipes/, or a Python file with `def recipe()`.")]
+Name = Annotated[
+    str, typer.Argument(help="A recipe of pipelines/recipes/ (NAME, NAME.large), or a Python file with `def recipe()`.")
+]
 
 
 @app.command()
@@ -216,12 +218,34 @@ def train_text_tokenizer(
 
 @app.command()
 @exits
-def train(recipe: Name, settings: Settings = None, as_json: Json = False) -> None:
+def train(
+    recipe: Name,
+    settings: Settings = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On the Ray cluster of RAY_ADDRESS or of this machine; dead workers restart.")
+    ] = False,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: processes; by default as many as there are GPUs, or one.")
+    ] = None,
+    use_gpu: Annotated[
+        bool | None,
+        typer.Option("--use-gpu/--use-cpu", help="With --ray: a GPU for each; by default if there are any."),
+    ] = None,
+    max_failures: Annotated[int, typer.Option(min=0, help="With --ray: how often workers are started again.")] = 3,
+    as_json: Json = False,
+) -> None:
     """Train the FourM of a recipe on packed shards; run it again to resume."""
     from pipelines import train as training
 
     run = config.override(config.load(recipe, training.TrainFourM), settings or [])
-    result = training.train(run)
+    if ray:
+        from pipelines import cluster_train
+
+        result = cluster_train.train(run, num_workers=num_workers, use_gpu=use_gpu, max_failures=max_failures)
+    else:
+        if num_workers is not None or use_gpu is not None:
+            raise ValueError("--num-workers and --use-gpu are for --ray; torchrun has --nproc-per-node")
+        result = training.train(run)
     say({"out": run.out, "steps": result.steps, **result.metrics}, as_json, f"{run.out}: {result.steps} steps")
 
 
