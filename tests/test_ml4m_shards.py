@@ -20,8 +20,10 @@ from dataengine.shard_cache import ShardCache
 from dataengine.shards import Member
 from dataengine.storage import Store
 from dataengine.stored import Shard
+from model.batches import PackedDataset, TokenBatches, spec_of
+from model.masking import MaskingConfig, MixtureComponent
 from model.tokenizers.text import TextTokenizer
-from pipelines import convert, sources
+from pipelines import convert, pack_text, sources
 from pipelines.sources import Ml4m
 from tests import hostile, ml4m_inputs
 from tests.faulty_s3 import s3_server
@@ -102,6 +104,29 @@ def test_rows_are_those_of_the_packed_shards_of_the_same_tars(base: Path, tmp_pa
     hold_equal(found, packed)
     again: tuple[Shard, ...] = pickle.loads(pickle.dumps(found))
     hold_equal(again, packed)
+
+
+def test_tars_and_texts_are_mixed_in_one_batch(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "c4.jsonl").write_bytes(b'{"text": "a dog and two balls"}\n' * 5)
+    worker, tasks, _ = pack_text.prepare(
+        Dataset(tmp_path / "c4"), [str(tmp_path / "c4.jsonl")], text_tokenizer=str(base / "text.json"), rows=3
+    )
+    local.run(worker, tasks, workers=1, device="cpu", on_report=lambda report: None)
+    cache = ShardCache(str(tmp_path / "cache"))
+    roots = (f"{base}/tars/[rgb,crop_settings,caption,tok_rgb@224]/shard-0000{{0..1}}.tar", str(tmp_path / "c4"))
+    datasets = tuple(PackedDataset(sources.shards(root, cache, told(base)), 1.0) for root in roots)
+    columns = datasets[0].shards[0].columns
+    specs = tuple(spec_of(columns[name], 16) for name in ("caption", "rgb@32", "tok_rgb@224"))
+    alphas = {s.name: 1.0 for s in specs}
+    masking = MaskingConfig(
+        components=(MixtureComponent(input_alphas=alphas, target_alphas=alphas),),
+        input_tokens=(16, 16),
+        target_tokens=(16, 16),
+    )
+    batches = TokenBatches(datasets=datasets, specs=specs, masking=masking, batch_size=16, seed=0)
+    first, again = batches(0), pickle.loads(pickle.dumps(batches))(0)
+    assert set(first.enc_mod.unique().tolist()) >= {0, 2}
+    assert np.array_equal(first.enc_ids, again.enc_ids)
 
 
 def test_a_folder_of_folders_is_found_and_indexed_once(
