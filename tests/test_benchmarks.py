@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _published, _report, engine_ceiling, engine_efficiency, labelers, train_step
+from benchmarks import _published, _report, engine_ceiling, engine_efficiency, labelers, loader, train_step
 from dataengine import plugins
 from dataengine.measured import Batch, Measured
 from pipelines import checkup
@@ -147,3 +147,47 @@ def test_train_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert 0 < ours["first_loss"] < 20
     assert 0 < ours["real"]["enc"] <= 1
     assert ours["peak_mb"] > 0
+
+
+def test_loader_measures_every_case_and_compares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours really, on next to nothing and in this process; in place of the reference, what it would have said."""
+    amount = loader.Amount(num_shards=2, shard_size=2, batch_size=2, count=4, warm=2, reference_count=4,
+                           reference_warm=2, buffers=1, rounds=1, memory_batches=5)  # fmt: skip
+    theirs = {"samples_per_cpu_second": 10.0, "samples_per_second": 8.0, "cpu_ms_per_sample": 100.0}
+    held = {"resident_mb": 1000.0, "own_mb": 900.0, "private_mb": 800.0}
+    called = []
+
+    def call(module: str, function: str, arguments: dict[str, Any], where: Any) -> Any:
+        assert (where / "pipelines" / "recipes" / "_fourm.py").exists()
+        called.append(function)
+        if function == "theirs":
+            assert arguments["reference"][0] == str(loader._fresh.HERE)
+            return {**theirs, "worker_memory": held}
+        return getattr(loader, function)(**arguments)
+
+    monkeypatch.setattr(loader, "QUICK", amount)
+    monkeypatch.setattr(loader._fresh, "call", call)
+    trained = loader._text_tokenizer
+    monkeypatch.setattr(loader, "_text_tokenizer", lambda folder, reference: trained(folder, None))
+    found = json.loads(json.dumps(loader.measure(True, loader._fresh.HERE)))
+    assert called.count("theirs") == called.count("first") == 2
+    assert set(found["ours"]) == {"images", "pixels", "tokens"}
+    for case, sides in found["ours"].items():
+        for place in ("one_process", "one_worker"):
+            assert sides[place]["samples"] == 4
+            assert sides[place]["samples_per_second"] > 0
+            ratio = found["ratios"][case][place]["samples_per_cpu_second"]
+            assert ratio == pytest.approx(sides[place]["samples_per_cpu_second"] / 10)
+    sizes = found["kilobytes_a_sample"]
+    assert 600 < sizes["tars"] < 900  # ml-4m's data set of 741
+    assert sizes["packed"]["images"] < sizes["tars"] / 2 < sizes["packed"]["pixels"]
+    assert [each["batches"] for each in found["memory"]["over_time"]] == [2, 3, 4, 5]
+    assert found["ratios"]["memory"]["own_mb"] == pytest.approx(
+        max(each["own_mb"] for each in found["memory"]["over_time"]) / 900, rel=0.05
+    )
+    # 228 GFLOP for a forward and backward pass on the 348 real tokens of the mean sample.
+    assert 100 < found["feeding"]["gflop_per_sample"] < 400
+    rate = found["feeding"]["samples_per_second"]
+    assert rate == pytest.approx(0.45 * 989e3 / found["feeding"]["gflop_per_sample"])
+    assert found["feeding"]["cores"]["images"] > 0
+    assert "batches.py:__call__" in found["profile"]["with_callees_ms"]
