@@ -15,7 +15,7 @@ them. `first_batch` is of processes that nothing is warm in. `memory` is a worke
 is what one more worker takes, the rest are libraries, which it shares with the process that it was forked from.
 `feeding` is how many samples a second a GPU takes that trains the base size at 45 % of an H200's peak, counted on real
 tokens, and how many cores make as many. `--quick` has few samples, little shuffling in the reference (whose memory then
-says nothing), and 200 batches for memory in place of 10,000.
+says nothing), a worker alone, and 200 batches for memory in place of 10,000.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ REPEATS = 4
 PEAK = 989e12
 """Dense bfloat16 operations a second of an H200, of its data sheet."""
 MFU = 0.45
-PLACES = {"one_process": 0, "one_worker": 1}
+PLACES = {"one_worker": 1, "one_process": 0}
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ class Amount:
     buffers: int
     rounds: int
     memory_batches: int
+    places: tuple[str, ...] = tuple(PLACES)
 
 
 FULL = Amount(num_shards=8, shard_size=125, batch_size=64, count=6400, warm=1280, reference_count=1280,
               reference_warm=1920, buffers=1000, rounds=3, memory_batches=10_000)  # fmt: skip
 QUICK = Amount(num_shards=1, shard_size=24, batch_size=16, count=480, warm=96, reference_count=96, reference_warm=64,
-               buffers=16, rounds=1, memory_batches=200)  # fmt: skip
+               buffers=16, rounds=1, memory_batches=200, places=("one_worker",))  # fmt: skip
 
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
         }
         rates: dict[tuple[str, str], list[Any]] = {}
         for number in range(amount.rounds):
-            for place, workers in PLACES.items():
+            for place in amount.places:
+                workers = PLACES[place]
                 if reference is not None:
                     say(f"reference, {place}, round {number + 1} ...")
                     asked = _asked(amount, reference, source, workers)
@@ -124,8 +126,7 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
         some = {"root": str(folder / "images"), "case": "images", "batch_size": amount.batch_size}
         found["memory"] = _fresh.call("loader", "memory", {**some, "batches": amount.memory_batches}, packages)
         say("profile and operations ...")
-        found["profile"] = _fresh.call("loader", "profile", {**some, "count": amount.count}, packages)
-        found["feeding"] = _fresh.call("loader", "feeding", some, packages)
+        found |= _fresh.call("loader", "details", {**some, "count": amount.count}, packages)
     found["feeding"]["cores"] = {
         case: found["feeding"]["samples_per_second"] / side["one_worker"]["samples_per_cpu_second"]
         for case, side in found["ours"].items()
@@ -178,8 +179,13 @@ def _asked(amount: Amount, reference: Path, source: str, workers: int) -> dict[s
 def _first(folder: Path, amount: Amount, packages: Path) -> dict[str, Any]:
     """The medians of fresh processes."""
     out = {}
-    for place, workers in PLACES.items():
-        asked = {"root": str(folder / "images"), "case": "images", "batch_size": amount.batch_size, "workers": workers}
+    for place in amount.places:
+        asked = {
+            "root": str(folder / "images"),
+            "case": "images",
+            "batch_size": amount.batch_size,
+            "workers": PLACES[place],
+        }
         each = [_fresh.call("loader", "first", asked, packages) for _ in range(amount.rounds)]
         out[place] = {name: float(np.median([one[name] for one in each])) for name in each[0]}
     return out
@@ -226,6 +232,11 @@ def memory(root: str, case: str, batch_size: int, batches: int) -> dict[str, Any
     """The memory of a worker over many batches."""
     torch.set_num_threads(1)
     return _loader_timing.memory_over(_make(root, case, batch_size), batches, max(batches // 20, 1))
+
+
+def details(root: str, case: str, batch_size: int, count: int) -> dict[str, Any]:
+    """Where the time goes, and what the batches are to a model."""
+    return {"profile": profile(root, case, batch_size, count), "feeding": feeding(root, case, batch_size)}
 
 
 def profile(root: str, case: str, batch_size: int, count: int) -> dict[str, Any]:
