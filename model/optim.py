@@ -14,6 +14,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 LrScales = Sequence[tuple[str, float]]
 
+_FROM_ZERO = "ml4m-"
+
 
 def decays(name: str) -> bool:
     """Whether ml-4m applies weight decay to the parameter of that name: not to norms, biases and gains."""
@@ -70,11 +72,13 @@ def rate(
     """The learning rate of a step: a linear rise over `warmup_steps`, then the schedule.
 
     "cosine" is half a cosine down to `min_lr` at `steps`. "constant" and "inverse_sqrt-<timescale>" (ml-4m's
-    lr / sqrt((i + T) / T)) end with `cooldown_steps` on a line to `min_lr`.
+    lr / sqrt((i + T) / T)) end with `cooldown_steps` on a line to `min_lr`. With "ml4m-" before any of them the rise
+    is ml-4m's: from 0, which makes the first step idle, to `lr` at its last step.
     """
     if step < warmup_steps:
-        return lr * (step + 1) / (warmup_steps + 1)
-    if schedule == "cosine":
+        from_zero = schedule.startswith(_FROM_ZERO)
+        return lr * step / max(1, warmup_steps - 1) if from_zero else lr * (step + 1) / (warmup_steps + 1)
+    if schedule.removeprefix(_FROM_ZERO) == "cosine":
         return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps))) / 2
     cooling = steps - cooldown_steps
     before = min(step, max(cooling - 1, warmup_steps)) - warmup_steps
@@ -85,12 +89,13 @@ def rate(
 
 def timescale_of(schedule: str) -> float | None:
     """The timescale of an inverse square root, None for the other schedules; ValueError for an unknown one."""
-    kind, _, timescale = schedule.partition("-")
+    name = schedule.removeprefix(_FROM_ZERO)
+    kind, _, timescale = name.partition("-")
     if kind == "inverse_sqrt" and timescale.isdigit() and int(timescale):
         return float(timescale)
-    if schedule in ("cosine", "constant"):
+    if name in ("cosine", "constant"):
         return None
-    raise ValueError(f"schedule {schedule!r}, expected cosine, constant or inverse_sqrt-<timescale>")
+    raise ValueError(f"schedule {schedule!r}, expected cosine, constant or inverse_sqrt-<timescale>, or ml4m-<these>")
 
 
 class Average:
