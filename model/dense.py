@@ -26,7 +26,9 @@ def patches(spec: ModalitySpec, image: NDArray[Any] | StoredImage, positions: In
     size, side, channels = spec.patch_size, spec.side, spec.channels
     rows, columns = np.divmod(positions, side)
     if image.dtype == np.uint8:
-        found = image.reshape(side, size, side, size, channels)[rows, :, columns]
+        # A line of a patch as one item: half the time of its pixels one by one.
+        lines = image.reshape(side * size, -1).view(f"V{size * channels}")
+        found = lines.reshape(side, size, side)[rows, :, columns].view(np.uint8)
     else:
         found = image.reshape(channels, side, size, side, size)[:, rows, :, columns].transpose(0, 2, 3, 1)
     return found.reshape(len(positions), -1)
