@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dataengine import plugins
+from model import optim
 from model.checkpoint import ml4m_spec
 from model.fourm import FourM
 from model.masking import MaskingConfig, MixtureComponent
@@ -69,7 +70,7 @@ def test_hyperparameters_are_ml4ms(name: str) -> None:
     assert all(f"{GPUS[name]} GPUs for batch size = {total}" in line for line in said)
     assert (run.batch_size, loop.batches_per_step) == (cfg["batch_size"], GPUS[name])
     assert loop.lr == pytest.approx(cfg["blr"] * total / 256, rel=1e-12)
-    assert (loop.min_lr, loop.schedule, loop.weight_decay, loop.betas) == (0.0, "cosine", 0.05, (0.9, 0.95))
+    assert (loop.min_lr, loop.schedule, loop.weight_decay, loop.betas) == (0.0, "ml4m-cosine", 0.05, (0.9, 0.95))
     assert loop.clip_grad == cfg.get("clip_grad")
     assert (loop.dtype, run.per_token, loop.ema_decay) == (cfg["dtype"], cfg["loss_type"] == "token", None)
     assert loop.recompute == cfg.get("use_act_checkpoint", False)
@@ -100,6 +101,12 @@ def test_steps_of_the_published_models_in_numbers() -> None:
     assert (load("fourm7").loop.steps, load("fourm7").loop.warmup_steps) == (239_120, 4769)
     assert (load("fourm21").loop.steps, load("fourm21").loop.warmup_steps) == (239_218, 4769)
     assert load("fourm21").loop.lr == pytest.approx(1.6e-3)
+    loop = load("fourm7").loop
+    first, peak = (
+        optim.rate(loop.schedule, step, steps=loop.steps, lr=loop.lr, warmup_steps=loop.warmup_steps)
+        for step in (0, loop.warmup_steps - 1)
+    )
+    assert (first, peak) == (0.0, pytest.approx(3.2e-3))
 
 
 def same_table(components: tuple[MixtureComponent, ...], dataset: dict[str, Any]) -> None:

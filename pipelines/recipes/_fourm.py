@@ -89,6 +89,7 @@ def run(
                 base_lr=hyper.blr,
                 epoch_samples=EPOCH,
             ),
+            schedule="ml4m-cosine",
             weight_decay=0.05,
             betas=(0.9, 0.95),
             clip_grad=hyper.clip_grad,
