@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table as Terminal
 from rich.text import Text
 
@@ -14,7 +17,7 @@ from dataengine import modalities
 from dataengine.modalities import Picture
 from model.domains import Domain
 from pipelines import reconstruction
-from pipelines.any_to_any import SURE, AnyTable, AnyToAny, Cell, label_of, tokenizer_of
+from pipelines.any_to_any import SURE, AnyTable, AnyToAny, Cell, Target, label_of, tokenizer_of
 from pipelines.page import Cell as Shown
 from pipelines.page import Column, Grid, Page, Row, Section, Table, render
 from pipelines.sample import Tokenizers
@@ -22,6 +25,7 @@ from pipelines.tokenizer_page import number
 from pipelines.tokens import modality_of
 
 _SMALLEST = 128
+_ACROSS = 4
 
 RULE = (
     "In parentheses: the outputs of the nearest training samples do not predict this output surely better than the "
@@ -38,19 +42,25 @@ def said(cell: Cell | None) -> str:
     return text if cell.has_information else f"({text})"
 
 
-def terminal(found: AnyTable) -> Terminal:
-    """A table of inputs down and outputs across."""
-    out = Terminal(title="RANDOM WEIGHTS: it means nothing" if found.random else None, caption=RULE)
+def terminal(found: AnyTable) -> Group:
+    """Inputs down and outputs across, a few outputs to a table so that each fits a terminal."""
+    parts = [Text("RANDOM WEIGHTS: it means nothing", style="bold yellow")] if found.random else []
+    starts = range(0, len(found.targets), _ACROSS)
+    return Group(*parts, *(_part(found, found.targets[i : i + _ACROSS]) for i in starts), Text(RULE, style="dim"))
+
+
+def _part(found: AnyTable, targets: Sequence[Target]) -> Terminal:
+    out = Terminal(box=SIMPLE_HEAD, padding=(0, 1))
     out.add_column("from \\ to", no_wrap=True)
-    for target in found.targets:
+    for target in targets:
         better = "larger" if target.larger_is_better else "smaller"
-        out.add_column(f"{label_of(target.name)}\n{target.metric}\n({better} is better)", justify="right")
-    for name, values in _references(found):
+        out.add_column(f"{label_of(target.name)}\n{target.metric}\n({better})", justify="right", max_width=13)
+    for name, values in _references(targets):
         out.add_row(name, *values, style="dim")
     out.add_section()
     for source in found.sources:
-        cells = [found.cell(source, t.name) for t in found.targets]
-        out.add_row(label_of(source), *(Text(said(c), style=_style(c)) for c in cells))
+        cells = [found.cell(source, t.name) for t in targets]
+        out.add_row(label_of(source), *(Text(said(c), style=_style(c), no_wrap=True) for c in cells))
     return out
 
 
@@ -64,10 +74,10 @@ def summary(found: AnyTable) -> str:
     )
 
 
-def _references(found: AnyTable) -> tuple[tuple[str, list[str]], ...]:
+def _references(targets: Sequence[Target]) -> tuple[tuple[str, list[str]], ...]:
     return (
-        ("best constant", [number(t.constant) for t in found.targets]),
-        ("tokenizer alone", [number(t.tokenizer) for t in found.targets]),
+        ("best constant", [number(t.constant) for t in targets]),
+        ("tokenizer alone", [number(t.tokenizer) for t in targets]),
     )
 
 
@@ -99,7 +109,7 @@ def page(run: AnyToAny, found: AnyTable, tokenizers: Tokenizers) -> Page:
 
 def _matrix(found: AnyTable) -> Table:
     header = ("from", *(f"{label_of(t.name)} ({t.metric})" for t in found.targets))
-    rows = [(name, *values) for name, values in _references(found)]
+    rows = [(name, *values) for name, values in _references(found.targets)]
     rows += [(label_of(s), *(said(found.cell(s, t.name)) for t in found.targets)) for s in found.sources]
     return Table("Every input to every output", RULE, header, tuple(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dataengine import local, plugins
@@ -103,7 +105,12 @@ def test_pictures_and_the_printed_table_call_random_weights_random(
     text = (tmp_path / "index.html").read_text()
     assert "random weights" in text
     assert "To HOG" in text
-    assert any_to_any_page.terminal(found).title == "RANDOM WEIGHTS: it means nothing"
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(any_to_any_page.terminal(found))
+    printed = console.export_text()
+    assert printed.startswith("RANDOM WEIGHTS: it means nothing")
+    assert "…" not in printed
+    assert printed.count("rgb (pixels)") == 2  # of four outputs and of three
     assert any_to_any_page.summary(found).endswith("5 held-out samples")
 
 
