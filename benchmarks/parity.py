@@ -30,6 +30,7 @@ from model.fourm import FourM, FourMConfig
 from model.masking import MaskedBatch, MaskingConfig, MixtureComponent, collate, mask_sample
 from model.spec import ModalitySpec
 
+QUICK = tuple(f"fm_base_12e_12d_{variant}" for variant in ("gelu", "swiglu_nobias", "swiglu_qknorm_nobias"))
 HEAD = 4
 """Channels a head in the presets at small width."""
 
@@ -67,7 +68,7 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
     theirs, say = _ml4m.load(reference), _report.console.print
     found: dict[str, Any] = {"benchmark": "parity", "torch": torch.__version__, "presets": {}, "options": {}}
     batch = hard_batch(0)
-    for name in _ml4m.PRESETS:
+    for name in QUICK if quick else _ml4m.PRESETS:
         say(f"{name} ...")
         found["presets"][name] = preset(theirs, name, with_inputs(batch))
     for name, changes in OPTIONS.items():
