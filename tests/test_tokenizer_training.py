@@ -352,9 +352,9 @@ def test_poses_of_persons_are_drawn_one_by_one_and_mirrored_by_a_coin(tmp_path: 
 
 def test_the_small_recipes_are_consistent() -> None:
     names = [n for n in plugins.names("pipelines.recipes") if n.startswith(("scenes_", "figures_"))]
-    assert len(names) == 10
-    for name in names:
-        run = config.load(name, TrainTokenizer)
+    runs = [run for run in (config.load(name, object) for name in names) if isinstance(run, TrainTokenizer)]
+    assert len(runs) == 10
+    for run in runs:
         network = train_tokenizer.class_of(run.model)(run.model)
         assert sum(p.numel() for p in network.parameters()) < 4e6
         assert run.heldout
