@@ -80,13 +80,15 @@ def write(partial: Path, weights: Weights, rest: dict[str, Any]) -> None:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, whole and each in its own memory, without copying those that are so already."""
+    """The same tensors, tied ones too, each in its own memory and whole, without copying those that are so already."""
     seen: set[int] = set()
     out = {}
     for name, value in tensors.items():
         value = value.detach().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+        sharded = isinstance(value, DTensor)
+        storage = (value.to_local() if isinstance(value, DTensor) else value).untyped_storage()
+        # A shard may lie in a larger piece of memory: it is written as its writer finds it.
+        if storage.data_ptr() in seen or not (sharded or storage.nbytes() == value.nbytes):
             value = value.clone()
         seen.add(storage.data_ptr())
         out[name] = value
@@ -102,7 +104,7 @@ def write_shards(partial: Path, weights: Weights, group: ProcessGroup | None = N
 
     for name, tensors in weights.items():
         writer = dcp.HuggingFaceStorageWriter(str(partial / name), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group)
+        dcp.save(_apart(tensors), storage_writer=writer, process_group=group)
 
 
 def publish(folder: Path, step: int) -> None:
