@@ -169,16 +169,23 @@ def draw(model: nn.Module, *, tied: bool = True, shared: bool = True, tables: fl
             parameter.copy_(torch.from_numpy(weight(name, tuple(parameter.shape), tables)))
 
 
-def as_reference(batch: MaskedBatch, specs: list[ModalitySpec]) -> dict[str, dict[str, Tensor]]:
-    """The same inputs and targets as tensors and masks of whole modalities; pixels must be normalised."""
-    return {spec.name: _modality(batch, m, spec) for m, spec in enumerate(specs)}
+def as_reference(batch: MaskedBatch, specs: list[ModalitySpec], *, whole: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The same inputs and targets as tensors and masks by modality; pixels must be normalised.
+
+    With `whole` each is as long as ml-4m's loader makes it, without as long as need be.
+    """
+    return {spec.name: _modality(batch, m, spec, whole) for m, spec in enumerate(specs)}
 
 
-def _modality(batch: MaskedBatch, m: int, spec: ModalitySpec) -> dict[str, Tensor]:
+def _modality(batch: MaskedBatch, m: int, spec: ModalitySpec, whole: bool) -> dict[str, Tensor]:
     size = len(batch.enc_mod)
     rows = [((batch.enc_mod[i] == m).nonzero()[:, 0], (batch.dec_mod[i] == m).nonzero()[:, 0]) for i in range(size)]
     first = max(len(enc) for enc, _ in rows)  # where a sequence's targets begin
-    length = spec.max_tokens if spec.is_grid else first + max(len(dec) for _, dec in rows) + 2
+    length = first + max(len(dec) for _, dec in rows) + 2
+    if whole and spec.kind == "sequence":
+        length = 2 * (spec.max_tokens + 1)
+    elif whole or spec.is_grid:
+        length = spec.max_tokens
     tensor = torch.zeros((size, length), dtype=torch.int64)
     if spec.kind == "embeddings":
         tensor = torch.zeros((size, length, spec.dim_in))

@@ -17,10 +17,7 @@ import resource
 import sys
 import tempfile
 import time
-import types
-import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import _fresh, _report
+from benchmarks import _fresh, _ml4m, _report
 from model import optim
 from model.checkpoint import ml4m_spec
 from model.fourm import FourM, FourMConfig
@@ -81,7 +78,7 @@ def steps_of(
     specs = [ml4m_spec(name) for name in NAMES]
     batches = [_batch(specs, batch, seed) for seed in range(steps + 1)]
     step = _ours(size, specs, dtype) if reference is None else _theirs(size, specs, dtype, reference)
-    held = [b if reference is None else _as_reference(b, specs) for b in batches]
+    held = [b if reference is None else _ml4m.as_reference(b, specs, whole=True) for b in batches]
     seconds, losses = [], []
     for one in held:
         began, used = time.perf_counter(), time.process_time()
@@ -124,22 +121,9 @@ def _value(spec: ModalitySpec, rng: np.random.Generator) -> Any:
     return rng.integers(204, 30_000, rng.integers(*LENGTHS[spec.name])).tolist()
 
 
-def _draw(model: nn.Module) -> None:
-    """Weights that depend on the parameter's name alone; what one side shares has one name on the other."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            name = name.replace("to_logits", "token_emb")
-            if name.endswith("mod_emb"):
-                name = name.replace("decoder_embeddings", "encoder_embeddings")
-            if not name.endswith("pos_emb") and parameter.ndim > 1:
-                parameter.normal_(std=0.03, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            elif "global" in name:
-                parameter.fill_(0.01)
-
-
 def _ours(size: str, specs: list[ModalitySpec], dtype: str) -> Callable[[MaskedBatch], float]:
     model = FourM(FourMConfig.preset(size), specs, [spec for spec in specs if spec.is_target])
-    _draw(model)
+    _ml4m.draw(model)
     optimizer = optim.adamw(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
 
     def step(batch: MaskedBatch) -> float:
@@ -157,41 +141,12 @@ def _ours(size: str, specs: list[ModalitySpec], dtype: str) -> Callable[[MaskedB
 
 def _theirs(size: str, specs: list[ModalitySpec], dtype: str, paths: list[str]) -> Callable[[dict[str, Any]], float]:
     sys.path[1:1] = paths
-    # Its data and their packages are not needed: the model below is given its own table of modalities.
-    names = ("fourm.data", "fourm.data.modality_info", "fourm.utils.generation_datasets")
-    sys.modules |= {name: types.ModuleType(name) for name in names}
-    sys.modules["fourm.data.modality_info"].__dict__["MODALITY_INFO"] = {}
-    import fourm.models.decoder_embeddings as decoder
-    import fourm.models.encoder_embeddings as encoder
-    import fourm.models.fm as fm
+    reference = _ml4m.load(Path(paths[0]))
+    outputs = [spec for spec in specs if spec.is_target]
+    model = reference.model(reference.settings(FourMConfig.preset(size)), specs, outputs, tied=True)
     from fourm.utils.native_scaler import get_grad_norm_
 
-    # random.sample of a dict's items fails since Python 3.11; the order of modalities changes no result.
-    fm.random = types.SimpleNamespace(sample=lambda items, _num: list(items))
-    enc, dec = {}, {}
-    for s in specs:
-        grid = {"patch_size": s.patch_size, "image_size": s.side * s.patch_size}
-        placed = {"sincos_pos_emb": not s.learned_positions}
-        if s.kind == "pixels":
-            enc[s.name] = encoder.ImageEncoderEmbedding(3, **grid)
-        elif s.kind == "embeddings":
-            enc[s.name] = encoder.SequenceEmbEncoderEmbedding(s.max_tokens, orig_emb_dim=s.dim_in)
-        elif s.kind == "tokens":
-            enc[s.name] = encoder.ImageTokenEncoderEmbedding(s.vocab_size, **grid, **placed)
-            dec[s.name] = decoder.ImageTokenDecoderEmbedding(s.vocab_size, **grid, **placed)
-        else:
-            length = s.max_positions or s.max_tokens
-            enc[s.name] = encoder.SequenceEncoderEmbedding(s.vocab_size, length)
-            dec[s.name] = decoder.SequenceDecoderEmbedding(s.vocab_size, length)
-    kinds = {"pixels": "img", "tokens": "img", "sequence": "seq", "embeddings": "seq_emb"}
-    table = {s.name: {"id": i, "type": kinds[s.kind], "max_tokens": s.max_tokens} for i, s in enumerate(specs)}
-    c = FourMConfig.preset(size)
-    model = fm.FourM(
-        enc, dec, table, dim=c.dim, encoder_depth=c.encoder_depth, decoder_depth=c.decoder_depth, num_heads=c.num_heads,
-        qkv_bias=False, proj_bias=False, mlp_bias=False, gated_mlp=True, act_layer=nn.SiLU,
-        norm_layer=partial(fm.LayerNorm, eps=1e-6, bias=False),
-    )  # fmt: skip
-    _draw(model)
+    _ml4m.draw(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
 
     def step(batch: dict[str, Any]) -> float:
@@ -206,44 +161,6 @@ def _theirs(size: str, specs: list[ModalitySpec], dtype: str, paths: list[str]) 
         return value
 
     return step
-
-
-def _as_reference(batch: MaskedBatch, specs: list[ModalitySpec]) -> dict[str, Any]:
-    """The same inputs and targets as full-length tensors and masks by modality."""
-    size, found = len(batch.enc_mod), {}
-    for m, spec in enumerate(specs):
-        length = spec.max_tokens if spec.is_grid else 2 * (spec.max_tokens + 1)
-        width = {"embeddings": spec.dim_in, "pixels": spec.channels * spec.patch_size**2}.get(spec.kind)
-        tensor = torch.zeros(size, length, width) if width else torch.zeros(size, length, dtype=torch.int64)
-        inputs, targets = torch.ones(2, size, length, dtype=torch.bool).unbind(0)
-        reach = torch.zeros(size, length, dtype=torch.int64)
-        for i in range(size):
-            enc, dec = (batch.enc_mod[i] == m).nonzero()[:, 0], (batch.dec_mod[i] == m).nonzero()[:, 0]
-            ids = batch.enc_ids[i, enc]
-            at = batch.enc_pos[i, enc] if spec.is_grid else torch.arange(len(enc))
-            inputs[i, at] = False
-            if not width:
-                tensor[i, at] = ids
-            elif len(enc):
-                rows = (batch.pixels if spec.kind == "pixels" else batch.embeddings)[spec.name]
-                tensor[i, at[ids >= 0]] = rows[ids[ids >= 0]]
-            if not len(dec):
-                continue
-            ids, to = batch.dec_targets[i, dec], batch.dec_pos[i, dec]
-            if not spec.is_grid:
-                ids = torch.cat([batch.dec_ids[i, dec[:1]], ids])
-                to = spec.max_tokens + 1 + torch.arange(len(ids)) - max(0, len(ids) - spec.max_tokens - 1)
-            targets[i, to] = False
-            tensor[i, to] = ids
-            reach[i, to[:1] if spec.is_grid else to] = len(dec) if spec.is_grid else 1
-        if spec.kind == "pixels":  # patches not among the inputs, which nothing looks at, are zero
-            patch, side = spec.patch_size, spec.side
-            grid = tensor.view(size, side, side, patch, patch, spec.channels).permute(0, 5, 1, 3, 2, 4)
-            tensor = grid.reshape(size, spec.channels, side * patch, side * patch)
-        found[spec.name] = {
-            "tensor": tensor, "input_mask": inputs, "target_mask": targets, "decoder_attention_mask": reach,
-        }  # fmt: skip
-    return found
 
 
 if __name__ == "__main__":
