@@ -29,15 +29,18 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None =
 
     With `causal` in place of a mask, query i sees the keys 0 to i.
     """
-    if q_BHNK.device.type != "cpu" or q_BHNK.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask, is_causal=causal)
-    # The fused kernel's backward pass takes about five times as long as this in bfloat16 on CPUs with AMX.
-    scores_BHNM = q_BHNK * q_BHNK.shape[-1] ** -0.5 @ k_BHMK.transpose(-2, -1)
-    if causal:
-        mask = torch.ones(scores_BHNM.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores_BHNM = scores_BHNM.masked_fill(~mask, torch.finfo(scores_BHNM.dtype).min)
-    return scores_BHNM.softmax(dim=-1).to(v_BHMK.dtype) @ v_BHMK
+    dtype = v_BHMK.dtype
+    q_BHNK, k_BHMK, v_BHMK = _for_kernel(q_BHNK, k_BHMK, v_BHMK)
+    # Autocast would undo what `_for_kernel` does.
+    with torch.autocast("cpu", enabled=False):
+        y_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask, is_causal=causal)
+    return y_BHNK.to(dtype)
+
+
+def _for_kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """In float32 what is bfloat16 and trained on a CPU: the fused kernel's backward pass is slow in that."""
+    slow = any(x.requires_grad and x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in inputs)
+    return tuple(x.float() for x in inputs) if slow else inputs
 
 
 @dataclass(frozen=True)
@@ -105,20 +108,6 @@ def planned(
     return ByPadding(groups, device)
 
 
-class Groups:
-    """The way of `planned`, chosen when the first layer attends; not for graphs of torch.compile."""
-
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self._groups, self._device = groups, device
-        self._attend: Attend | None = None
-
-    def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
-        """(T, H, K)."""
-        if self._attend is None:
-            self._attend = planned(self._groups, self._device, q_THK.dtype, q_THK.shape[1:].numel())
-        return self._attend(q_THK, k_SHK, v_SHK)
-
-
 def firsts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
     """Where the queries and the keys of each group begin, and at last where they end."""
     return [0, *accumulate(group.queries for group in groups)], [0, *accumulate(group.keys for group in groups)]
@@ -162,13 +151,14 @@ class BySlices:
     def __call__(self, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:
         """(T, H, K)."""
         # split, not slices: its backward is one concatenation, that of a slice a whole tensor of zeros.
-        q_parts, k_parts, v_parts = q_THK.split(self.q_sizes), k_SHK.split(self.k_sizes), v_SHK.split(self.k_sizes)
+        whole = zip(_for_kernel(q_THK, k_SHK, v_SHK), (self.q_sizes, self.k_sizes, self.k_sizes), strict=True)
+        q_parts, k_parts, v_parts = (x.split(sizes) for x, sizes in whole)
         done = []
         for (group, count, mask), q, k, v in zip(self.runs, q_parts, k_parts, v_parts, strict=True):
             if group.queries:
                 q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
                 done.append(attend(q, k, v, mask, group.causal).transpose(1, 2).flatten(0, 1))
-        return torch.cat(done)
+        return torch.cat(done).to(v_SHK.dtype)
 
 
 class ByPadding:
