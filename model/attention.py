@@ -19,7 +19,7 @@ from torch import Tensor
 
 # Seconds as measured on one core of an AVX-512 machine in float32, forward and backward: of a call of the kernel, of a
 # score and of moving an element, per channel; and by how much a mask slows the kernel down.
-_CALL, _SCORE, _MOVED, _MASKED = 1e-4, 2e-10, 1e-9, 1.3
+_CALL, _SCORE, _MOVED, _MASKED = 4e-4, 2e-10, 1e-9, 1.3
 
 # G groups, N queries, M keys, T all queries, S all keys, H heads, K head width
 
@@ -117,10 +117,23 @@ def _costs(groups: Sequence[Group]) -> tuple[float, float]:
     """Seconds on a CPU core, forward and backward: of the calls by slices, and per channel of what padding adds."""
     real = sum(group.queries * group.keys for group in groups)
     longest_q, longest_k = _longest(groups)
-    computed = len(groups) * longest_q * longest_k * _MASKED
-    moved = len(groups) * (longest_q + 2 * longest_k)
+    rows = 1 + max(_packed(groups))
+    computed = rows * longest_q * longest_k * _MASKED
+    moved = rows * (longest_q + 2 * longest_k)
     calls = sum(1 for _ in groupby(groups, key=lambda group: group.shape))
     return _CALL * calls, _SCORE * (computed - real) + _MOVED * moved
+
+
+def _packed(groups: Sequence[Group]) -> list[int]:
+    """The row of each group where neighbours share one, as long as it is no longer than the longest group."""
+    longest_q, longest_k = _longest(groups)
+    rows, row, queries, keys = [], 0, 0, 0
+    for group in groups:
+        queries, keys = queries + group.queries, keys + group.keys
+        if queries > longest_q or keys > longest_k:
+            row, queries, keys = row + 1, group.queries, group.keys
+        rows.append(row)
+    return rows
 
 
 def _longest(groups: Sequence[Group]) -> tuple[int, int]:
@@ -162,20 +175,24 @@ class BySlices:
 
 
 class ByPadding:
-    """One call of the fused kernel with masks, on queries and keys padded to the longest group."""
+    """One call of the fused kernel with masks, on rows of queries and keys as long as the longest group."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
         longest_q, longest_k = _longest(groups)
         q_first, k_first = firsts(groups)
-        shape = (len(groups), longest_q, longest_k)
+        rows = _packed(groups)
+        shape = (1 + rows[-1], longest_q, longest_k)
         q_index, k_index = np.zeros(shape[:2], np.int64), np.zeros((shape[0], longest_k), np.int64)
         mask, back = np.zeros(shape, bool), []
+        row, q_end, k_end = -1, 0, 0
         for i, group in enumerate(groups):
-            q_index[i, : group.queries] = q_first[i] + np.arange(group.queries)
-            k_index[i, : group.keys] = k_first[i] + np.arange(group.keys)
-            mask[i, : group.queries] = np.arange(longest_k) < group.ends[:, None]
-            mask[i, group.queries :] = True  # what fills up sees something, for a row without keys has no softmax
-            back.append(i * longest_q + np.arange(group.queries))
+            q, k = (q_end, k_end) if rows[i] == row else (0, 0)
+            row, q_end, k_end = rows[i], q + group.queries, k + group.keys
+            q_index[row, q:q_end] = q_first[i] + np.arange(group.queries)
+            k_index[row, k:k_end] = k_first[i] + np.arange(group.keys)
+            mask[row, q:q_end, k:k_end] = np.arange(group.keys) < group.ends[:, None]
+            back.append(row * longest_q + np.arange(q, q_end))
+        mask |= ~mask.any(axis=2, keepdims=True)  # what fills up sees something, for a row without keys has no softmax
         arrays = (q_index, k_index, mask[:, None], np.concatenate(back))
         self.q_index, self.k_index, self.mask, self.back = (torch.from_numpy(array).to(device) for array in arrays)
 
