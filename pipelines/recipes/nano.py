@@ -1,4 +1,4 @@
-"""The demo's any-to-any model: `dataengine train nano`, about eight minutes on two cores."""
+"""The demo's any-to-any model: `dataengine train nano`, about twelve minutes on two cores."""
 
 from __future__ import annotations
 
