@@ -72,6 +72,8 @@ def test_a_dead_worker_is_named_with_its_batch_wherever_the_training_is() -> Non
 
 def test_workers_outlive_a_signal_to_all_and_end_with_the_feed(tmp_path: Path) -> None:
     def signalled(number: int) -> Tensor:
+        if number == 6:
+            time.sleep(0.5)  # until the feed is being closed
         os.kill(os.getpid(), signal.SIGTERM)
         return numbered(number)
 
