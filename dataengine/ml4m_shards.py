@@ -228,7 +228,8 @@ class TarShard:
                 with locked(self._folder / "locks" / f"index-{self._identity[:2]}"):
                     index = _tar_index.load(file)
                     if index is None:
-                        index = _tar_index.made(self.tars, self._files().handles, dict(self.reading.names))
+                        files = self._files()  # held: they are closed when nobody does
+                        index = _tar_index.made(self.tars, files.handles, dict(self.reading.names))
                         _tar_index.save(file, index)
             return index, []
 

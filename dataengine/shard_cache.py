@@ -243,9 +243,8 @@ class ShardCache:
             ) from error
         except OSError as error:
             full = f" (the cache may take {self._limit()} bytes; give it less, or another disk)"
-            raise told(
-                f"caching {remote.name} in", f"{self.base}{full if error.errno in _NO_ROOM else ''}", error
-            ) from (error)
+            where = f"{self.base}{full if error.errno in _NO_ROOM else ''}"
+            raise told(f"caching {remote.name} in", where, error) from error
 
 
 class _Other(ValueError):
