@@ -11,8 +11,9 @@ qudida) are found on PYTHONPATH.
 
 Each measurement is a process of its own, on one thread, sides in turn. `one_process` loads where its batches are used,
 `one_worker` in a worker process. `ratios` are of samples a second of processor time; those of the clock are beside
-them. `first_batch` is of processes that nothing is warm in. `memory` is a worker's over many batches; `private` of it
-is what one more worker takes, the rest are libraries, which it shares with the process that it was forked from.
+them. `first_batch` is of processes that nothing is warm in. `memory` is a worker's over many batches, small ones lest
+it take half an hour; its ratio is of workers that make batches of full size. `private` of it is what one more worker
+takes, the rest are libraries, which it shares with the process that it was forked from.
 `feeding` is how many samples a second a GPU takes that trains the base size at 45 % of an H200's peak, counted on real
 tokens, and how many cores make as many. `--quick` has few samples, little shuffling in the reference (whose memory then
 says nothing), a worker alone, and 200 batches for memory in place of 10,000.
@@ -71,13 +72,14 @@ class Amount:
     buffers: int
     rounds: int
     memory_batches: int
+    memory_batch_size: int
     places: tuple[str, ...] = tuple(PLACES)
 
 
 FULL = Amount(num_shards=8, shard_size=125, batch_size=64, count=6400, warm=1280, reference_count=1280,
-              reference_warm=1920, buffers=1000, rounds=3, memory_batches=10_000)  # fmt: skip
+              reference_warm=1920, buffers=1000, rounds=3, memory_batches=10_000, memory_batch_size=8)  # fmt: skip
 QUICK = Amount(num_shards=1, shard_size=24, batch_size=16, count=480, warm=96, reference_count=96, reference_warm=64,
-               buffers=16, rounds=1, memory_batches=200, places=("one_worker",))  # fmt: skip
+               buffers=16, rounds=1, memory_batches=200, memory_batch_size=8, places=("one_worker",))  # fmt: skip
 
 
 def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
@@ -123,10 +125,12 @@ def measure(quick: bool, reference: Path | None) -> dict[str, Any]:
         say("the first batch ...")
         found["first_batch"] = _first(folder, amount, packages)
         say(f"{amount.memory_batches} batches for memory ...")
-        some = {"root": str(folder / "images"), "case": "images", "batch_size": amount.batch_size}
-        found["memory"] = _fresh.call("loader", "memory", {**some, "batches": amount.memory_batches}, packages)
+        some = {"root": str(folder / "images"), "case": "images"}
+        asked = {**some, "batch_size": amount.memory_batch_size, "batches": amount.memory_batches}
+        found["memory"] = _fresh.call("loader", "memory", asked, packages)
         say("profile and operations ...")
-        found |= _fresh.call("loader", "details", {**some, "count": amount.count}, packages)
+        asked = {**some, "batch_size": amount.batch_size, "count": amount.count}
+        found |= _fresh.call("loader", "details", asked, packages)
     found["feeding"]["cores"] = {
         case: found["feeding"]["samples_per_second"] / side["one_worker"]["samples_per_cpu_second"]
         for case, side in found["ours"].items()
@@ -145,9 +149,8 @@ def _ratios(found: dict[str, Any]) -> dict[str, Any]:
             place: {name: side[name] / theirs[place][name] for name in ("samples_per_cpu_second", "samples_per_second")}
             for place, side in sides.items()
         }
-    held = theirs["one_worker"]["worker_memory"]
-    largest = max(found["memory"]["over_time"], key=lambda each: each["resident_mb"])
-    out["memory"] = {name: largest[name] / held[name] for name in held}
+    ours, held = (side["one_worker"]["worker_memory"] for side in (found["ours"]["images"], theirs))
+    out["memory"] = {name: ours[name] / held[name] for name in held}
     return out
 
 
