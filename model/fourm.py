@@ -278,13 +278,14 @@ class FourM(nn.Module):
         positions = batch.dec_pos.flatten()[where.slots].split(where.sizes)
         tokens = [self.mask_token.new_zeros(0, self.config.dim)]
         for name, ids_T, positions_T in zip(where.names, ids, positions, strict=True):
-            embedding = self._target(name)
-            place = embedding.place(positions_T)
-            if embedding.spec.is_grid:
-                tokens.append(place + self.mask_token[0])
-            else:
-                tokens.append(place + _previous(embedding, ids_T, scored))
+            tokens.append(self.embed_target(name, ids_T, positions_T, scored=scored))
         return _rows(tokens, where.rows)
+
+    def embed_target(self, modality: str, ids_T: Tensor, positions_T: Tensor, *, scored: bool = False) -> Tensor:
+        """(T, D) of decoder tokens of one modality: of a grid what is asked for, of a sequence the previous id."""
+        embedding = self._target(modality)
+        place = embedding.place(positions_T)
+        return place + (self.mask_token[0] if embedding.spec.is_grid else _previous(embedding, ids_T, scored))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from model.fourm import Context, FourM
 from model.masking import MaskedBatch
 from model.schedules import cosine_counts, linear_counts, temperatures
 from model.spec import EOS, NUM_SENTINELS, PAD, SENTINEL_0, SOS, ModalitySpec, union
+from model.writing import Writer
 
 # B samples, n positions, V vocabulary
 
@@ -83,7 +83,7 @@ def generate(
         if spec.kind == "tokens":
             state.values[spec.name] = _fill_grid(state, spec, step, streams, dropped)
         else:
-            state.values[spec.name] = _write_sequence(state, spec, step, streams, state.contexts(spec, dropped))
+            state.values[spec.name] = _write_sequences(state, spec, step, streams, state.contexts(spec, dropped))
     return {step.target: state.values[step.target] for step in steps}
 
 
@@ -97,10 +97,10 @@ def generate_each(
     where masking gives that sequence no input. All tokens of a grid are drawn from one pass, each by itself.
     """
     state = _State(model, conditions)
-    seeds = [_mix(_mix(seed, draw), i) for draw in range(draws) for i in range(state.size)]
+    seeds = [_mix(_mix(seed, draw), i) for i in range(state.size) for draw in range(draws)]
     given = dict(state.values)
     context: Context | None = None
-    wide, made = state.repeated(draws), dict[str, list[Any]]()
+    made = dict[str, list[Any]]()
     for number, step in enumerate(steps):
         state.values = dict(given)
         spec = _checked(model, state, step)
@@ -110,14 +110,13 @@ def generate_each(
         streams = [torch.Generator().manual_seed(_mix(own, number)) for own in seeds]
         if spec.is_grid:
             places = torch.arange(spec.max_tokens, device=state.device).expand(state.size, -1)
-            hidden = state.decode(spec, [context], torch.full_like(places, -1), places)[0]
+            hidden = state.decode(spec, [context], places)[0]
             scores = model.logits(hidden, spec.name)
-            drawn = _uniform(streams, places).view(draws, *places.shape)
+            drawn = _uniform(streams, spec.max_tokens).to(state.device).view(state.size, draws, -1).unbind(1)
             made[step.target] = [sample(scores, u, step.temperature, step.top_k, step.top_p)[0] for u in drawn]
         else:
-            every = Context(context.tokens.repeat(draws, 1), context.lengths * draws)
-            written = _write_sequence(wide, spec, step, streams, [every])
-            made[step.target] = [written[i : i + state.size] for i in range(0, len(written), state.size)]
+            written = _write_sequences(state, spec, step, streams, [context], draws)
+            made[step.target] = [written[draw::draws] for draw in range(draws)]
     return made
 
 
@@ -153,12 +152,6 @@ class _State:
         size, side = spec.patch_size, spec.side
         grid = dense.reshape(self.size, spec.channels, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
         return grid.reshape(self.size * spec.max_tokens, -1)
-
-    def repeated(self, times: int) -> _State:
-        """As many copies of the samples one after the other, to decode for: nothing is known of them."""
-        other = copy.copy(self)
-        other.size, other.values = times * self.size, {}
-        return other
 
     def context(self, opened: ModalitySpec, dropped: frozenset[str] = frozenset(), *, spanned: bool = True) -> Context:
         """Encode everything but `dropped`; a sequence that is dropped or being written shows as one masked span.
@@ -213,15 +206,11 @@ class _State:
         gathered = [x.gather(1, order) for x in (ids, modality, positions)]
         return self._batch(enc=gathered)
 
-    def decode(self, spec: ModalitySpec, contexts: Sequence[Context], ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """Hidden states (B, n, D) for each context; a grid sees itself whole, a sequence only its past."""
-        num = ids.shape[1]
-        reach = torch.full_like(ids, num)
-        if not spec.is_grid:
-            reach = torch.arange(1, num + 1, device=self.device).expand_as(ids)
-            positions = positions.masked_fill(positions >= (spec.max_positions or spec.max_tokens), 0)
-        modality = torch.full_like(ids, self.specs.index(spec))
-        batch = self._batch(dec=[ids, modality, positions, reach])
+    def decode(self, spec: ModalitySpec, contexts: Sequence[Context], positions: Tensor) -> list[Tensor]:
+        """Hidden states (B, n, D) for each context of the open positions (B, n) of a grid, which all see each other."""
+        modality = torch.full_like(positions, self.specs.index(spec))
+        reach = torch.full_like(positions, positions.shape[1])
+        batch = self._batch(dec=[torch.full_like(positions, -1), modality, positions, reach])
         return [self.model.decode(batch, context) for context in contexts]
 
     def _batch(self, enc: Sequence[Tensor] = (), dec: Sequence[Tensor] = ()) -> MaskedBatch:
@@ -259,9 +248,10 @@ def _fill_grid(
         if count == 0:
             continue
         positions = open_positions[:, :count] if step.scheme == "roar" else open_positions
-        hidden = state.decode(spec, state.contexts(spec, dropped), torch.full_like(positions, -1), positions)
+        hidden = state.decode(spec, state.contexts(spec, dropped), positions)
         scores = _guided([state.model.logits(h, spec.name) for h in hidden], step.cfg_scale)
-        sampled, probability = sample(scores, _uniform(streams, positions), temperature, step.top_k, step.top_p)
+        drawn = _uniform(streams, positions.shape[1]).to(device)
+        sampled, probability = sample(scores, drawn, temperature, step.top_k, step.top_p)
         if step.scheme == "roar":
             tokens.scatter_(1, positions, sampled)
             open_positions = open_positions[:, count:]
@@ -273,23 +263,32 @@ def _fill_grid(
     return tokens
 
 
-def _write_sequence(
-    state: _State, spec: ModalitySpec, step: Step, streams: list[torch.Generator], contexts: Sequence[Context]
+def _write_sequences(
+    state: _State,
+    spec: ModalitySpec,
+    step: Step,
+    streams: list[torch.Generator],
+    contexts: Sequence[Context],
+    copies: int = 1,
 ) -> list[list[int]]:
-    """Ids of each sample up to its end token or sentinel, which are not part of it."""
-    prefix = torch.tensor([[SENTINEL_0 + 1, *step.prefix]] * state.size, device=state.device)
-    done = torch.zeros(state.size, dtype=torch.bool, device=state.device)
-    for _ in range(min(step.max_tokens or spec.max_tokens, spec.max_tokens) - len(step.prefix)):
-        positions = torch.arange(prefix.shape[1], device=state.device).expand_as(prefix)
-        hidden = state.decode(spec, contexts, prefix, positions)
-        scores = _guided([state.model.logits(h[:, -1:], spec.name) for h in hidden], step.cfg_scale)
-        drawn = _uniform(streams, prefix[:, :1])
-        token = sample(scores, drawn, step.temperature, step.top_k, step.top_p)[0].masked_fill(done[:, None], PAD)
+    """Ids of so many sequences of each sample, one after the other, each up to its end token or sentinel."""
+    most = min(step.max_tokens or spec.max_tokens, spec.max_tokens)
+    writers = [Writer(state.model, spec, context, copies=copies, most=most) for context in contexts]
+    begun = [SENTINEL_0 + 1, *step.prefix]
+    written = torch.tensor([begun] * len(streams), device=state.device)
+    done = torch.zeros(len(streams), dtype=torch.bool, device=state.device)
+    for place in range(most):
+        scores = _guided([writer.scores(written[:, place]) for writer in writers], step.cfg_scale)
+        if place + 1 < len(begun):
+            continue
+        drawn = _uniform(streams, 1).to(state.device)
+        token = sample(scores[:, None], drawn, step.temperature, step.top_k, step.top_p)[0]
+        token = token.masked_fill(done[:, None], PAD)
         done |= ((token == EOS) | ((token >= SENTINEL_0) & (token < SENTINEL_0 + NUM_SENTINELS)))[:, 0]
-        prefix = torch.cat([prefix, token], dim=1)
+        written = torch.cat([written, token], dim=1)
         if bool(done.all()):
             break
-    return [_until_end(row) for row in prefix[:, 1:].tolist()]
+    return [_until_end(row) for row in written[:, 1:].tolist()]
 
 
 def sample(
@@ -332,8 +331,8 @@ def _guided(scores: list[Tensor], scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def _uniform(streams: list[torch.Generator], like: Tensor) -> Tensor:
-    return torch.stack([torch.rand(like.shape[1], generator=g) for g in streams]).to(like.device)
+def _uniform(streams: list[torch.Generator], count: int) -> Tensor:
+    return torch.stack([torch.rand(count, generator=g) for g in streams])
 
 
 def _until_end(row: list[int]) -> list[int]:
