@@ -35,9 +35,9 @@ SURE = 0.975
 class AnyToAny:
     """A trained model and held-out samples; `train_samples` of `train_root` give constants and neighbours.
 
-    `draws` of each prediction are generated, and what they agree on is scored: the mean of images, the median of
-    depths, the caption nearest to the others. A text ends after `text_tokens` ids. `makers` make the
-    features that are no label. `shown` samples are kept for the page.
+    `draws` of each prediction are generated, and the value that predicts them best is scored, as the constant is the
+    one that predicts the training samples best: the mean of images, the median of depths. A text ends after
+    `text_tokens` ids. `makers` make the features that are no label. `shown` samples are kept for the page.
     """
 
     model: str
@@ -47,8 +47,7 @@ class AnyToAny:
     makers: tuple[Labeler, ...] = ()
     samples: int = 100
     train_samples: int = 2000
-    draws: int = 8
-    text_draws: int = 4
+    draws: int = 32
     text_tokens: int = 64
     neighbours: int = 32
     resamples: int = 1000
@@ -256,21 +255,18 @@ def _predicted(
     """What the draws of each target agree on, as it is compared; and for the page as values, of text the first draw."""
     made: dict[str, list[Any]] = {t: [] for t in targets}
     kept: dict[str, list[Any]] = {t: [] for t in targets}
-    grids = [t for t in targets if t.startswith("tok_")]
-    texts = [t for t in targets if not t.startswith("tok_")]
+    steps = [_step(run, name, tokenizers) for name in targets]
     for start in range(0, len(rows), run.batch):
         part = conditions(rows[start : start + run.batch], [source])
-        for names, draws in ((grids, run.draws), (texts, run.text_draws)):
-            steps = [_step(run, name, tokenizers) for name in names]
-            drawn = generate_each(model, part, steps, draws=draws, seed=run.seed + start)
-            for name, ids in drawn.items():
-                measure = measures[modality_of(name)[0]]
-                values = [_values(tokenizers, name, one) for one in ids]
-                for sample in zip(*values, strict=True):
-                    agreed = measure.agreed([measure.said(v) for v in sample])
-                    made[name].append(agreed)
-                    if len(kept[name]) < run.shown:
-                        kept[name].append(agreed if name.startswith("tok_") else sample[0])
+        drawn = generate_each(model, part, steps, draws=run.draws, seed=run.seed + start)
+        for name, ids in drawn.items():
+            measure = measures[modality_of(name)[0]]
+            values = [_values(tokenizers, name, one) for one in ids]
+            for sample in zip(*values, strict=True):
+                agreed = measure.constant([measure.said(v) for v in sample])
+                made[name].append(agreed)
+                if len(kept[name]) < run.shown:
+                    kept[name].append(agreed if name.startswith("tok_") else sample[0])
     return made, kept
 
 

@@ -1,4 +1,4 @@
-"""One metric for each kind of map: per-sample counts whose sums give the score, the best constant, what draws agree on.
+"""One metric for each kind of map: counts of each sample whose sums give the score, and the value that predicts best.
 
 A score is a function of sums over samples, so that samples can be drawn again and again to see how sure it is.
 """
@@ -24,6 +24,8 @@ _GRID = 16
 """Side of the small maps by which samples are compared."""
 _CLASS_GRID = 6
 _NUM_CLASSES = 256
+_WIDTHS = (0.0, 0.5, 1.0, 2.0, 3.0)
+"""Pixels by which lines are widened at most."""
 _NO_ERROR = 1e-10
 """The least mean squared error of a PSNR: 100 dB."""
 
@@ -57,10 +59,6 @@ class Measure(ABC):
     @abstractmethod
     def constant(self, values: Sequence[Any]) -> Any:
         """The one value that predicts all of these best, or nearly so."""
-
-    def agreed(self, draws: Sequence[Any]) -> Any:
-        """What several draws for one sample amount to: the one value that predicts them best."""
-        return self.constant(draws)
 
     @abstractmethod
     def vector(self, value: Any) -> NDArray[np.float32]:
@@ -190,8 +188,8 @@ class Edges(_Map):
 
     def constant(self, values: Sequence[Any]) -> Any:
         """The value that predicts these best."""
-        on = np.stack(values) > 0
-        return best_often(on).astype(np.uint8) * 255
+        on = (np.stack(values) > 0).astype(np.float32)
+        return most_often(_widened(on).mean(axis=0)).astype(np.uint8) * 255
 
 
 class Features(_Map):
@@ -214,12 +212,25 @@ class Features(_Map):
         return flat
 
 
-def best_often(on: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Of (n, ...): what is on in a share of at least 5, 10, ..., 50 % of the n, the share that gives the best F1."""
-    often = on.mean(axis=0)
-    tried = [often >= share for share in np.linspace(0.05, 0.5, 10)]
-    total = float(on.sum())
-    scores = [f1(np.array([(often * one).sum() * len(on), one.sum() * len(on), total])) for one in tried]
+def _widened(on: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, h, w) blurred by as many pixels as make one half of them predict the other best: few lines seldom meet."""
+    halves = on[::2], on[1::2]
+    if not len(halves[1]):
+        return on
+    target = halves[1].mean(axis=0)
+    tried = [_blurred(halves[0], width) for width in _WIDTHS]
+    errors = [((often.mean(axis=0) - target) ** 2).mean() for often in tried]
+    return _blurred(on, _WIDTHS[int(np.argmin(errors))])
+
+
+def _blurred(on: NDArray[np.float32], width: float) -> NDArray[np.float32]:
+    return on if not width else np.stack([cv2.GaussianBlur(one, (0, 0), width) for one in on])
+
+
+def most_often(often: NDArray[Any]) -> NDArray[np.bool_]:
+    """Of frequencies (...): which are at least 2, 4, ..., 50 %, whichever gives the best F1 where these are true."""
+    tried = [often >= share for share in np.linspace(0.02, 0.5, 25)]
+    scores = [f1(np.array([often[one].sum(), one.sum(), often.sum()])) for one in tried]
     return tried[int(np.argmax(scores))]
 
 

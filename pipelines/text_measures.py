@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from dataengine import coco
 from dataengine.modalities.metadata import KINDS
 from pipelines.caption_facts import ALL, facts
-from pipelines.measures import Counts, Measure, best_often, f1, mean_counts
+from pipelines.measures import Counts, Measure, f1, mean_counts, most_often
 
 PALETTE = 5
 """Colours of the palette that is compared, and asked for."""
@@ -41,12 +41,8 @@ class Caption(Measure):
 
     def constant(self, values: Sequence[Any]) -> frozenset[str]:
         """The most frequent facts, be there a sentence that says them or not."""
-        chosen = best_often(np.stack([self.vector(value) > 0 for value in values]))
+        chosen = most_often(np.stack([self.vector(value) for value in values]).mean(axis=0))
         return frozenset(fact for fact, on in zip(ALL, chosen, strict=True) if on)
-
-    def agreed(self, draws: Sequence[Any]) -> Any:
-        """The draw that is nearest to the others: a caption that was written."""
-        return nearest_to_all(self, draws)
 
     def vector(self, value: Any) -> NDArray[np.float32]:
         """The label, small."""
@@ -79,9 +75,33 @@ class Det(Measure):
         """The score of sums."""
         return f1(counts)
 
-    def constant(self, values: Sequence[Any]) -> Any:
-        """The best of the first values."""
-        return nearest_to_all(self, values)
+    def constant(self, values: Sequence[Any]) -> Boxes:
+        """Boxes of the first values, taken one by one as long as the score of the values grows."""
+        judges, offered = _joined(values[:_JUDGES]), _joined(values[:_CANDIDATES])
+        if not judges.names or not offered.names:
+            return _joined([])
+        iou = _iou(offered, judges)
+        sizes = [len(value.names) for value in values[:_JUDGES]]
+        if len(sizes) > 1:
+            # Nobody is asked about boxes of his own.
+            whose = np.repeat(np.arange(len(sizes)), sizes)
+            iou[whose[: len(iou), None] == whose] = 0
+        last = np.repeat(np.cumsum(sizes), sizes)  # of each judge's boxes, where the next judge's begin
+        begins = np.unique(last - np.repeat(sizes, sizes))
+        chosen: list[int] = []
+        found, best = 0.0, 0.0
+        while True:
+            gains = np.maximum.reduceat(iou, begins, axis=1)
+            one = int(gains.sum(axis=1).argmax())
+            found += gains[one].sum()
+            score = float(f1(np.array([found, (len(chosen) + 1) * len(sizes), len(judges.names)])))
+            if score <= best:
+                return Boxes(offered.corners[chosen], tuple(offered.names[i] for i in chosen))
+            chosen.append(one)
+            best = score
+            # What a judge's box was matched with once, it is not matched with again.
+            parts = [start + int(iou[one, start : last[start]].argmax()) for start in begins[gains[one] > 0]]
+            iou[:, parts] = 0
 
     def vector(self, value: Any) -> NDArray[np.float32]:
         """Which part of each cell of a lattice the boxes of each class cover."""
@@ -96,26 +116,29 @@ class Det(Measure):
         return out.ravel()
 
 
-def _overlap(made: Boxes, true: Boxes) -> float:
-    if not made.names or not true.names:
-        return 0.0
+def _joined(values: Sequence[Boxes]) -> Boxes:
+    corners = np.concatenate([np.zeros((0, 4)), *(value.corners for value in values)])
+    return Boxes(corners, tuple(name for value in values for name in value.names))
+
+
+def _iou(made: Boxes, true: Boxes) -> NDArray[np.float64]:
+    """(n, m): of boxes of one class; 0 between classes."""
     a, b = made.corners[:, None], true.corners[None]
     sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
     both = sides.prod(axis=-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b)]
-    iou = both / np.maximum(areas[0] + areas[1] - both, 1e-12)
-    iou = iou * (np.array(made.names)[:, None] == np.array(true.names))
+    same = np.array(made.names)[:, None] == np.array(true.names)
+    iou: NDArray[np.float64] = np.where(same, both / np.maximum(areas[0] + areas[1] - both, 1e-12), 0)
+    return iou
+
+
+def _overlap(made: Boxes, true: Boxes) -> float:
+    if not made.names or not true.names:
+        return 0.0
+    iou = _iou(made, true)
     if not iou.any():
         return 0.0
-    rows, columns = linear_sum_assignment(-iou)
-    return float(iou[rows, columns].sum())
-
-
-def nearest_to_all(measure: Measure, values: Sequence[Any]) -> Any:
-    """The value, among the first ones, that predicts the values best; the first of equals."""
-    judges = list(values[:_JUDGES])
-    scores = [measure.score([one] * len(judges), judges) for one in values[:_CANDIDATES]]
-    return values[int(np.argmax(scores))]
+    return float(iou[linear_sum_assignment(-iou)].sum())
 
 
 class Metadata(Measure):

@@ -66,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> AnyToAny:
     checkpoint.save_pretrained(FourM(size, specs, [s for s in specs if s.is_target]), folder / "model")
     return AnyToAny(
         model=str(folder / "model"), tokenizers=str(files), root=str(folder / "heldout"),
-        train_root=str(folder / "train"), makers=(hog,), samples=5, train_samples=9, draws=2, text_draws=1,
+        train_root=str(folder / "train"), makers=(hog,), samples=5, train_samples=9, draws=2,
         neighbours=3, resamples=50, batch=3, side=SIDE, shown=2,
     )  # fmt: skip
 
