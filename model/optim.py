@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from model import rows
-
 LrScales = Sequence[tuple[str, float]]
 
 _FROM_ZERO = "ml4m-"
@@ -52,7 +50,7 @@ def adamw(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], lr_scales: LrScales = ()
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused."""
-    return rows.AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -10,7 +10,7 @@ import copy
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model import rows
 from model.figures import Figures
 
 Mode = Literal["auto", "none", "ddp", "fsdp"]
@@ -172,8 +171,6 @@ class Trained:
         sharding: Sharding,
     ) -> None:
         self.sharded = mode == "fsdp"
-        # What averages gradients, and what makes a graph of them, knows whole ones only.
-        self._alone = mode == "none" and not compiled
         # The caller gets the whole model back in the end, and torch has no way to undo the sharding.
         self.model = copy.deepcopy(model) if self.sharded else model.to(processes.device)
         self._caller = model
@@ -221,12 +218,10 @@ class Trained:
         if isinstance(self._outer, FSDPModule):
             self._outer.set_requires_gradient_sync(last)
             self._outer.set_is_last_backward(last)
-        around: AbstractContextManager[Any] = nullcontext()
         if isinstance(self._outer, DistributedDataParallel) and not last:
-            around = self._outer.no_sync()
-        elif self._alone:
-            around = rows.looked_up(self.model)
-        with around:
+            with self._outer.no_sync():
+                yield
+        else:
             yield
 
     @contextmanager

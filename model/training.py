@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model import optim, rows, snapshots
+from model import optim, snapshots
 from model.figures import Figures, detached
 from model.parallel import Processes, Trained, full
 from model.saving import Saver
@@ -80,7 +80,7 @@ class State:
             figures.append(detached(parts))
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
-        norm = full(rows.clip(self.model.parameters(), limit))
+        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         means = self.processes.total(torch.stack([torch.stack(values).mean(), values[0].new_tensor(float(stop))]))
         # One wait for the device per step: the price of keeping the batch that broke the run.
         loss, stops, grad_norm = torch.cat([means, norm.float().to(device)[None]]).tolist()
