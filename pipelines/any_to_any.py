@@ -190,7 +190,7 @@ def table(run: AnyToAny, model: FourM, tokenizers: Tokenizers, *, random: bool =
         made, kept = _predicted(run, model, tokenizers, rows, source, [t for t in targets if t != source], measures)
         for target, values in made.items():
             measure, m = measures[of[target]], of[target]
-            local = [measure.constant([known[m][i] for i in indices]) for indices in near[source]]
+            local = measure.best([[known[m][i] for i in indices] for indices in near[source]])
             counts = [measure.counts(v, true[m]) for v in (values, local)]
             cells.append(_cell(measure, source, target, counts[0], counts[1], alone[target], weights))
             shown[source, target] = kept[target]
@@ -252,8 +252,8 @@ def _predicted(
     targets: Sequence[str],
     measures: Mapping[str, Measure],
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """What the draws of each target agree on, as it is compared; and for the page as values, of text the first draw."""
-    made: dict[str, list[Any]] = {t: [] for t in targets}
+    """What predicts the draws of each target best, as it is compared; for the page values, of text the first draw."""
+    sets: dict[str, list[list[Any]]] = {t: [] for t in targets}
     kept: dict[str, list[Any]] = {t: [] for t in targets}
     steps = [_step(run, name, tokenizers) for name in targets]
     for start in range(0, len(rows), run.batch):
@@ -263,11 +263,10 @@ def _predicted(
             measure = measures[modality_of(name)[0]]
             values = [_values(tokenizers, name, one) for one in ids]
             for sample in zip(*values, strict=True):
-                agreed = measure.constant([measure.said(v) for v in sample])
-                made[name].append(agreed)
-                if len(kept[name]) < run.shown:
-                    kept[name].append(agreed if name.startswith("tok_") else sample[0])
-    return made, kept
+                sets[name].append([measure.said(v) for v in sample])
+                kept[name].append(sample[0])
+    made = {name: measures[modality_of(name)[0]].best(values) for name, values in sets.items()}
+    return made, {name: (made if name.startswith("tok_") else kept)[name][: run.shown] for name in targets}
 
 
 def _step(run: AnyToAny, column: str, tokenizers: Tokenizers) -> Step:

@@ -60,6 +60,10 @@ class Measure(ABC):
     def constant(self, values: Sequence[Any]) -> Any:
         """The one value that predicts all of these best, or nearly so."""
 
+    def best(self, sets: Sequence[Sequence[Any]]) -> list[Any]:
+        """For each set the one value that predicts it best, where all sets are scored together."""
+        return [self.constant(values) for values in sets]
+
     @abstractmethod
     def vector(self, value: Any) -> NDArray[np.float32]:
         """A label as a vector, near to those of similar labels."""
@@ -172,7 +176,34 @@ class Semseg(_Map):
         return np.concatenate([part.reshape(side * side, -1) for part in small], axis=1).ravel()
 
 
-class Edges(_Map):
+class Pooled(Measure):
+    """F1 of what is on, counted over all samples together: what is frequent enough is said, in all sets alike."""
+
+    @abstractmethod
+    def often(self, values: Sequence[Any]) -> NDArray[np.float32]:
+        """How often each thing is on in a set of values, 0..1."""
+
+    @abstractmethod
+    def of(self, on: NDArray[np.bool_]) -> Any:
+        """The value in which these are on."""
+
+    def total(self, counts: Counts) -> Counts:
+        """The score of sums."""
+        return f1(counts)
+
+    def constant(self, values: Sequence[Any]) -> Any:
+        """The value that predicts these best."""
+        return self.best([values])[0]
+
+    def best(self, sets: Sequence[Sequence[Any]]) -> list[Any]:
+        """By the share, of 2, 4, ..., 50 %, that gives the best F1 if frequencies are true."""
+        often = np.stack([self.often(values) for values in sets])
+        tried = [often >= share for share in np.linspace(0.02, 0.5, 25)]
+        scores = [f1(np.array([often[on].sum(), on.sum(), often.sum()], np.float64)) for on in tried]
+        return [self.of(on) for on in tried[int(np.argmax(scores))]]
+
+
+class Edges(Pooled, _Map):
     """F1 of pixels, counted over all images together."""
 
     metric = "F1"
@@ -182,14 +213,16 @@ class Edges(_Map):
         pairs = [(a > 0, b > 0) for a, b in zip(made, true, strict=True)]
         return np.array([[(a & b).sum(), a.sum(), b.sum()] for a, b in pairs], np.float64)
 
-    def total(self, counts: Counts) -> Counts:
-        """The score of sums."""
-        return f1(counts)
-
-    def constant(self, values: Sequence[Any]) -> Any:
-        """The value that predicts these best."""
+    def often(self, values: Sequence[Any]) -> NDArray[np.float32]:
+        """Of lines that are widened by as many pixels as make one half of them predict the other best."""
         on = (np.stack(values) > 0).astype(np.float32)
-        return most_often(_widened(on).mean(axis=0)).astype(np.uint8) * 255
+        first, second = (half.mean(axis=0) for half in (on[::2], on[1::2] if len(on) > 1 else on))
+        errors = [((_blurred(first, width) - second) ** 2).mean() for width in _WIDTHS]
+        return _blurred(on.mean(axis=0), _WIDTHS[int(np.argmin(errors))])
+
+    def of(self, on: NDArray[np.bool_]) -> Any:
+        """uint8, 0 or 255."""
+        return on.astype(np.uint8) * 255
 
 
 class Features(_Map):
@@ -212,26 +245,8 @@ class Features(_Map):
         return flat
 
 
-def _widened(on: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, h, w) blurred by as many pixels as make one half of them predict the other best: few lines seldom meet."""
-    halves = on[::2], on[1::2]
-    if not len(halves[1]):
-        return on
-    target = halves[1].mean(axis=0)
-    tried = [_blurred(halves[0], width) for width in _WIDTHS]
-    errors = [((often.mean(axis=0) - target) ** 2).mean() for often in tried]
-    return _blurred(on, _WIDTHS[int(np.argmin(errors))])
-
-
-def _blurred(on: NDArray[np.float32], width: float) -> NDArray[np.float32]:
-    return on if not width else np.stack([cv2.GaussianBlur(one, (0, 0), width) for one in on])
-
-
-def most_often(often: NDArray[Any]) -> NDArray[np.bool_]:
-    """Of frequencies (...): which are at least 2, 4, ..., 50 %, whichever gives the best F1 where these are true."""
-    tried = [often >= share for share in np.linspace(0.02, 0.5, 25)]
-    scores = [f1(np.array([often[one].sum(), one.sum(), often.sum()])) for one in tried]
-    return tried[int(np.argmax(scores))]
+def _blurred(often: NDArray[np.float32], width: float) -> NDArray[np.float32]:
+    return np.asarray(cv2.GaussianBlur(often, (0, 0), width), np.float32) if width else often
 
 
 _BY_DOMAIN: dict[type[Domain], type[_Map]] = {

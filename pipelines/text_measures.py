@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from dataengine import coco
 from dataengine.modalities.metadata import KINDS
 from pipelines.caption_facts import ALL, facts
-from pipelines.measures import Counts, Measure, f1, mean_counts, most_often
+from pipelines.measures import Counts, Measure, Pooled, f1, mean_counts
 
 PALETTE = 5
 """Colours of the palette that is compared, and asked for."""
@@ -22,7 +22,7 @@ _CELLS = 6
 _CANDIDATES, _JUDGES = 64, 256
 
 
-class Caption(Measure):
+class Caption(Pooled):
     """F1 of the facts of a caption (`pipelines.caption_facts`), counted over all captions together."""
 
     metric = "F1 of facts"
@@ -35,14 +35,13 @@ class Caption(Measure):
         """What each sample adds."""
         return np.array([[len(a & b), len(a), len(b)] for a, b in zip(made, true, strict=True)], np.float64)
 
-    def total(self, counts: Counts) -> Counts:
-        """The score of sums."""
-        return f1(counts)
+    def often(self, values: Sequence[Any]) -> NDArray[np.float32]:
+        """Of each fact."""
+        return np.asarray(np.stack([self.vector(value) for value in values]).mean(axis=0), np.float32)
 
-    def constant(self, values: Sequence[Any]) -> frozenset[str]:
-        """The most frequent facts, be there a sentence that says them or not."""
-        chosen = most_often(np.stack([self.vector(value) for value in values]).mean(axis=0))
-        return frozenset(fact for fact, on in zip(ALL, chosen, strict=True) if on)
+    def of(self, on: NDArray[np.bool_]) -> frozenset[str]:
+        """The facts, be there a sentence that says them or not."""
+        return frozenset(fact for fact, said in zip(ALL, on, strict=True) if said)
 
     def vector(self, value: Any) -> NDArray[np.float32]:
         """The label, small."""
