@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import measuring
+from model.blocks import Mlp
 from model.flops import FourMWork, flops
 from model.fourm import FourM, FourMConfig
 from model.masking import MaskedBatch, MaskedSample, collate
@@ -78,3 +79,25 @@ def test_figures_are_sums_over_processes_and_peaks_those_of_the_device() -> None
     names = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989.4e12, "Tesla T4": None}
     assert {name: measuring.peak_flops(name, torch.bfloat16) for name in names} == names
     assert measuring.peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+
+
+def test_what_is_made_again_of_a_gate_is_no_product() -> None:
+    """Its backward pass takes twice the operations of its forward pass, and applies the activation once more."""
+    mlp, x = Mlp(8, 48, act="SiLU", gated=True, bias=True), torch.randn(5, 8, requires_grad=True)
+    calls = []
+    mlp.act.register_forward_hook(lambda *_: calls.append(1))
+    with FlopCounterMode(display=False) as forward:
+        y = mlp(x)
+    with FlopCounterMode(display=False) as backward:
+        y.square().sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() > 0
+    assert len(calls) == 2
+    found = [x.grad, *(p.grad for p in mlp.parameters())]
+    assert mlp.fc3 is not None
+    plain = mlp.fc2(torch.nn.functional.silu(mlp.fc1(x)) * mlp.fc3(x)).square().sum()
+    for one, other in zip(found, torch.autograd.grad(plain, [x, *mlp.parameters()]), strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        mlp(x)
+    assert len(calls) == 3
