@@ -154,7 +154,7 @@ def test_values_that_are_deep_or_swell_are_refused_at_once() -> None:
         began = process_time()
         with pytest.raises(ValueError, match=said) as caught:
             _pickled.decode(of_one(program))
-        assert process_time() - began < 20  # far above what any machine takes, far below what it would be without limits
+        assert process_time() - began < 20  # without limits it would not end
         assert len(str(caught.value)) < 300
     assert len(_pickled.brief([["a" * 10**6] * 10**6] * 10**6)) <= 80
 
