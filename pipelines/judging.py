@@ -29,8 +29,9 @@ def any_to_any(
     run = config.override(config.load(recipe, table.AnyToAny), settings or [])
     found = table.evaluate(run)
     if out is not None:
-        shown.write(out / "index.html", run, found)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "table.json").write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        shown.write(out / "index.html", run, found)
     if not as_json:
         console.print(shown.terminal(found))
     say(found.as_json(), as_json, shown.summary(found))

@@ -52,7 +52,7 @@ def recipe() -> TrainFourM:
             redistribute=True,
         ),
         loop=LoopConfig(
-            steps=4000,
+            steps=2500,
             lr=1e-3,
             min_lr=1e-5,
             warmup_steps=100,
