@@ -153,7 +153,7 @@ def _grid(found: AnyTable, target: str, tokenizers: Tokenizers) -> Section:
         cells = [Shown("rgb", Picture(image=_enlarged(rgb)))]
         cells += [Shown(name, _picture(name, domain, value, rgb, true)) for value in values]
         rows.append(Row(key, tuple(cells)))
-    text = "What the draws agree on." if domain is not None else "The first draw."
+    text = "What predicts the draws best." if domain is not None else "The first draw."
     return Grid(f"To {label_of(target)}", text, columns, tuple(rows))
 
 
