@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.spec import PAD, ModalitySpec
@@ -77,6 +80,34 @@ class TargetEmbedding(IdEmbedding):
         self.to_logits = nn.Linear(dim, spec.vocab_size, bias=False)
         if tied:
             self.to_logits.weight = self.token_emb.weight
+
+    def content_and_table(self, ids_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Content (T, D), and the table (V, D) to make logits with if that is the same: both get one gradient."""
+        plain = type(self.token_emb) is nn.Embedding and type(self.to_logits) is nn.Linear  # no adapter in between
+        table = self.to_logits.weight
+        if plain and table is self.token_emb.weight and not torch.compiler.is_compiling():
+            return _Lookup.apply(table, ids_T, self.token_emb.padding_idx)
+        return self.content(ids_T), None
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, and the table itself for further use, whose gradient takes those of the rows in place.
+
+    Autograd would make a second gradient as large as the table, zero but for a few rows, and add the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids_T: Tensor, unmoved: int | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids_T)
+        ctx.unmoved = unmoved
+        return F.embedding(ids_T, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, rows_TD: Tensor, table_VD: Tensor) -> tuple[Tensor, None, None]:
+        (ids_T,) = ctx.saved_tensors
+        if ctx.unmoved is not None:
+            rows_TD = rows_TD.masked_fill((ids_T == ctx.unmoved)[:, None], 0)
+        return table_VD.index_add_(0, ids_T, rows_TD), None, None
 
 
 class PixelEmbedding(Embedding):

@@ -165,7 +165,7 @@ class FourM(nn.Module):
         "mod": the mean over output modalities of each one's mean, modalities without a target counting as 0 (ml-4m's
         default). "token": the mean over all targets.
         """
-        hidden, where = self._hidden(batch, self.encode(batch), scored=True)
+        hidden, where, tables = self._hidden(batch, self.encode(batch))
         parts = hidden.index_select(0, where.scored).split(where.sizes)
         targets = batch.dec_targets.flatten()[where.slots].split(where.sizes)
         found = dict(zip(where.names, zip(parts, targets, strict=True), strict=True))
@@ -173,7 +173,9 @@ class FourM(nn.Module):
         for spec in self.specs_out:
             if spec.name in found:
                 part, wanted = found[spec.name]
-                losses[spec.name] = F.cross_entropy(self.logits(part, spec.name).float(), wanted)
+                table = tables.get(spec.name)
+                logits = self.logits(part, spec.name) if table is None else F.linear(part, table)
+                losses[spec.name] = F.cross_entropy(logits.float(), wanted)
             else:
                 losses[spec.name] = hidden.new_zeros((), dtype=torch.float32)
         counts = {name: len(found[name][1]) if name in found else 0 for name in losses}
@@ -190,18 +192,18 @@ class FourM(nn.Module):
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
         """Hidden states (B, M, D) at the decoder tokens, ready for `logits`; zero at padding."""
-        hidden, where = self._hidden(batch, context)
+        hidden, where, _ = self._hidden(batch, context)
         whole = hidden.new_zeros(batch.dec_mod.numel(), hidden.shape[1])
         return whole.index_copy(0, where.places, hidden).view(*batch.dec_mod.shape, -1)
 
-    def _hidden(self, batch: MaskedBatch, context: Context, *, scored: bool = False) -> tuple[Tensor, layout.Targets]:
-        """Hidden states (T, D) of the real decoder tokens, and where those are; `scored` promises logits of all."""
+    def _hidden(self, batch: MaskedBatch, context: Context) -> tuple[Tensor, layout.Targets, dict[str, Tensor]]:
+        """Hidden states (T, D) of the real decoder tokens, where those are, and tables to make logits with."""
         config = self.config
         where = layout.targets(batch, causal=config.decoder_causal_mask, separate=config.decoder_sep_mask)
-        y_TD = self._embed_targets(batch, where, scored)
+        y_TD, tables = self._embed_targets(batch, where)
         own = self._planned(where.groups, y_TD)
         cross = [Group(n, m) for n, m in zip(where.lengths, context.lengths, strict=True)]
-        return self._decoded(y_TD, context.tokens, own, self._planned(cross, y_TD)), where
+        return self._decoded(y_TD, context.tokens, own, self._planned(cross, y_TD)), where, tables
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the encoder's and the decoder's layers, one graph each; the arguments are those of `torch.compile`.
@@ -272,20 +274,25 @@ class FourM(nn.Module):
             place.append(embedding.place(positions_T))
         return _rows(content, where.rows), _rows(place, where.rows)
 
-    def _embed_targets(self, batch: MaskedBatch, where: layout.Targets, scored: bool) -> Tensor:
-        """Decoder inputs (T, D): previous id or mask token, plus place."""
+    def _embed_targets(self, batch: MaskedBatch, where: layout.Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoder inputs (T, D), previous id or mask token, plus place; and tables that were looked into."""
         ids = batch.dec_ids.flatten()[where.slots].split(where.sizes)
         positions = batch.dec_pos.flatten()[where.slots].split(where.sizes)
         tokens = [self.mask_token.new_zeros(0, self.config.dim)]
+        tables: dict[str, Tensor] = {}
         for name, ids_T, positions_T in zip(where.names, ids, positions, strict=True):
-            tokens.append(self.embed_target(name, ids_T, positions_T, scored=scored))
-        return _rows(tokens, where.rows)
+            embedding, content = self._target(name), self.mask_token[0]
+            if not embedding.spec.is_grid:
+                content, table = embedding.content_and_table(ids_T)
+                tables |= {} if table is None else {name: table}
+            tokens.append(embedding.place(positions_T) + content)
+        return _rows(tokens, where.rows), tables
 
-    def embed_target(self, modality: str, ids_T: Tensor, positions_T: Tensor, *, scored: bool = False) -> Tensor:
+    def embed_target(self, modality: str, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """(T, D) of decoder tokens of one modality: of a grid what is asked for, of a sequence the previous id."""
         embedding = self._target(modality)
-        place = embedding.place(positions_T)
-        return place + (self.mask_token[0] if embedding.spec.is_grid else _previous(embedding, ids_T, scored))
+        content = self.mask_token[0] if embedding.spec.is_grid else embedding.content(ids_T)
+        return embedding.place(positions_T) + content
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -306,16 +313,6 @@ class FourM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")):
                 parameter.normal_(std=_INIT_STD, generator=generator)
-
-
-def _previous(embedding: TargetEmbedding, ids_T: Tensor, scored: bool) -> Tensor:
-    table = embedding.token_emb
-    tied = type(table) is nn.Embedding and table.weight is embedding.to_logits.weight
-    if not (tied and scored) or torch.compiler.is_compiling():
-        return embedding.content(ids_T)
-    # The logits give the table a whole gradient, to which autograd adds these rows in place; else it would make a
-    # second whole one, zero but for them, and a third as their sum.
-    return F.embedding(ids_T, table.weight, table.padding_idx, sparse=True)
 
 
 def _rows(parts: list[Tensor], index: Tensor) -> Tensor:

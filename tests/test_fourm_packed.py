@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention
+from model.embeddings import TargetEmbedding
 from model.fourm import FourM, FourMConfig
 from model.masking import MaskingConfig, MixtureComponent, collate, mask_sample
-from model.spec import ModalitySpec
+from model.spec import PAD, ModalitySpec
 from tests import fourm_golden as golden
 
 SPECS = tuple(ModalitySpec(name=name, **value) for name, value in golden.MODALITIES.items())
@@ -198,3 +200,36 @@ def test_a_sample_without_inputs_gives_finite_gradients_in_a_deep_encoder():
     found = gradients(model, model(batch_of(5)).loss)
     assert not [name for name, value in found.items() if not value.isfinite().all()]
     assert all(float(found[f"encoder.{i}.attn.qkv.weight"].abs().max()) > 0 for i in range(24))
+
+
+class Made(TorchDispatchMode):
+    """The operations that give a new tensor of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.shape == self.shape:
+            given = {value.data_ptr() for value in args if isinstance(value, torch.Tensor)}
+            self.names += [] if made.data_ptr() in given else [func.name()]
+        return made
+
+
+def test_a_tied_table_gets_one_gradient():
+    """Rows that were looked up add theirs to that of the logits, but for the row of PAD, which logits alone move."""
+    spec = ModalitySpec(name="caption", kind="sequence", vocab_size=40, max_tokens=8)
+    embedding, ids = TargetEmbedding(spec, 12, tied=True).double(), torch.tensor([3, PAD, 7, 3, 39, PAD])
+    targets, weight = torch.arange(6), embedding.token_emb.weight
+    plain = F.cross_entropy(embedding.to_logits(embedding.content(ids).square()), targets)
+    (wanted,) = torch.autograd.grad(plain, [weight])
+    content, table = embedding.content_and_table(ids)
+    assert table is not None
+    loss = F.cross_entropy(F.linear(content.square(), table), targets)
+    with Made(weight.shape) as made:
+        loss.backward()
+    torch.testing.assert_close(weight.grad, wanted, rtol=1e-12, atol=1e-12)
+    assert len(made.names) == 1, made.names
+    assert embedding.requires_grad_(False).content_and_table(ids)[0].equal(content)
+    assert TargetEmbedding(spec, 12, tied=False).content_and_table(ids)[1] is None
