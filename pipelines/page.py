@@ -278,8 +278,8 @@ def _png(image: np.ndarray, colours: list[tuple[int, Any]]) -> bytes:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(
-    r"[-+−]?[\d,_ ]*\.?\d+([eE][-+]?\d+)?\s?(%|×|x|[kMGT]?i?B|[num]?s|min|h|[a-zA-Z]+/s)?|[-–—]|nan|inf|"
+_NUMBER = re.compile(  # also in parentheses, or with a mark behind it
+    r"\(?[-+−]?[\d,_ ]*\.?\d+([eE][-+]?\d+)?\s?(%|×|x|[kMGT]?i?B|[num]?s|min|h|[a-zA-Z]+/s)?!?\)?|[-–—]|nan|inf|"
 )
 _CODE = re.compile(
     r"(?=.*\d)[0-9a-fA-F]{7,}|(sha256:)[0-9a-f]+|\S+/\S+|\S+\.(tar|json|jsonl|jpg|png|npy|arrow)|\S+@\d+|"

@@ -201,6 +201,7 @@ def test_markup_from_the_data_is_text() -> None:
     [
         (("1", "2.5", "–", "1,203"), "number"),
         (("1.2 MB", "3 %", "12.4 s"), "number"),
+        (("0.27!", "(14.3)", "(58.8!)", "-"), "number"),
         (("4f5c2a9be1", "0" * 64), "code"),
         (("tok_depth@224/shard-00000.tar",), "code"),
         (("committed", "12"), "short"),
