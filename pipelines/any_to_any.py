@@ -35,9 +35,10 @@ SURE = 0.975
 class AnyToAny:
     """A trained model and held-out samples; `train_samples` of `train_root` give constants and neighbours.
 
-    `draws` of each prediction are generated, and the value that predicts them best is scored, as the constant is the
-    one that predicts the training samples best: the mean of images, the median of depths. A text ends after
-    `text_tokens` ids. `makers` make the features that are no label. `shown` samples are kept for the page.
+    `draws` of each prediction are generated (more where the measure says so), and the value that predicts them best is
+    scored, as the constant is the one that predicts the training samples best: the mean of images, the median of
+    depths. A text ends after `text_tokens` ids. `makers` make the features that are no label. `shown` samples are kept
+    for the page.
     """
 
     model: str
@@ -255,10 +256,12 @@ def _predicted(
     """What predicts the draws of each target best, as it is compared; for the page values, of text the first draw."""
     sets: dict[str, list[list[Any]]] = {t: [] for t in targets}
     kept: dict[str, list[Any]] = {t: [] for t in targets}
-    steps = [_step(run, name, tokenizers) for name in targets]
-    for start in range(0, len(rows), run.batch):
+    asked: dict[int, list[Step]] = {}
+    for name in targets:
+        asked.setdefault(measures[modality_of(name)[0]].times, []).append(_step(run, name, tokenizers))
+    for start, (times, steps) in itertools.product(range(0, len(rows), run.batch), asked.items()):
         part = conditions(rows[start : start + run.batch], [source])
-        drawn = generate_each(model, part, steps, draws=run.draws, seed=run.seed + start)
+        drawn = generate_each(model, part, steps, draws=times * run.draws, seed=run.seed + start)
         for name, ids in drawn.items():
             measure = measures[modality_of(name)[0]]
             values = [_values(tokenizers, name, one) for one in ids]

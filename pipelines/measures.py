@@ -35,6 +35,8 @@ class Measure(ABC):
 
     metric: ClassVar[str]
     larger_is_better: ClassVar[bool] = True
+    times: ClassVar[int] = 1
+    """How many times as many draws it takes as of others to see what predicts them best."""
 
     def ready(self, value: Any) -> Any:
         """A label as it is compared."""
@@ -204,9 +206,10 @@ class Pooled(Measure):
 
 
 class Edges(Pooled, _Map):
-    """F1 of pixels, counted over all images together."""
+    """F1 of pixels, counted over all images together; a pixel is on in few draws, of which there must be some."""
 
     metric = "F1"
+    times = 4
 
     def counts(self, made: Sequence[Any], true: Sequence[Any]) -> Counts:
         """What each sample adds."""

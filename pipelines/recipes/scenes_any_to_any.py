@@ -41,7 +41,7 @@ def recipe() -> TrainFourM:
         for alpha in (0.05, 0.5)
     ]
     return TrainFourM(
-        data=(Source(root=f"{OUT}/scenes"),),
+        data=(Source(root=f"{OUT}/scenes_many"),),
         inputs=INPUTS,
         outputs=OUTPUTS,
         model=replace(FourMConfig.preset("nano"), decoder_depth=2),
@@ -52,7 +52,7 @@ def recipe() -> TrainFourM:
             redistribute=True,
         ),
         loop=LoopConfig(
-            steps=2500,
+            steps=8000,
             lr=1e-3,
             min_lr=1e-5,
             warmup_steps=100,

@@ -13,7 +13,7 @@ def recipe() -> AnyToAny:
         model=f"{OUT}/any_to_any/model",
         tokenizers=f"{OUT}/tokenizers",
         root=f"{OUT}/scenes_heldout",
-        train_root=f"{OUT}/scenes",
+        train_root=f"{OUT}/scenes_many",
         makers=(Hog(),),
         side=SIDE,
     )
