@@ -23,7 +23,7 @@ from dataengine._patience import StoreError, told
 from dataengine.storage import Store, redacted
 
 LEFT_FREE = 0.1
-"""The part of its disk that a cache without a limit leaves free."""
+"""The part of what is free on its disk, its own copies counted as free, that a cache without a limit leaves."""
 
 _PARTIAL, _AHEAD = ".partial", ".ahead"
 _TICK = 0.05
@@ -62,7 +62,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder for at most `max_bytes` of copies; by default for what its disk can spare, less a tenth of the disk.
+    """A folder for at most `max_bytes` of copies; by default for nine tenths of what is free on its disk or held by it.
 
     What is evicted while a process has it mapped stays on the disk until that process lets go of it.
     """
@@ -215,14 +215,16 @@ class ShardCache:
         return found
 
     def _limit(self) -> int:
-        """Bytes that may be here: what the disk has room for, less a tenth of it or at most `max_bytes`."""
+        """Bytes that may be here: of what the disk has free, what is here counted as free, a part or `max_bytes`.
+
+        Not a part of the whole disk: one that others have nearly filled still has room for some shards.
+        """
         there = self.base
         while not there.exists():
             there = there.parent
         disk = os.statvfs(there)
-        spared = 0 if self.max_bytes is not None else LEFT_FREE * disk.f_blocks
-        room = max(int((disk.f_bavail - spared) * disk.f_frsize), 0) + self.num_bytes()
-        return room if self.max_bytes is None else min(room, self.max_bytes)
+        room = disk.f_bavail * disk.f_frsize + self.num_bytes()
+        return int((1 - LEFT_FREE) * room) if self.max_bytes is None else min(room, self.max_bytes)
 
     def _target(self, remote: Remote) -> Path:
         return self.base / remote.digest

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dataengine import _opened, packed, shard_cache, stored
+from dataengine import _opened, packed, stored
 from dataengine._patience import StoreError
 from dataengine.manifest import Dataset
 from dataengine.packed import Column
@@ -340,8 +341,14 @@ def test_the_environment_of_a_machine_says_where_and_how_much(monkeypatch: pytes
             ShardCache.of_machine()
 
 
-def test_the_limit_without_a_number_is_what_the_disk_can_spare(tmp_path: Path) -> None:
-    cache = ShardCache(str(tmp_path / "not" / "there"))
-    disk = os.statvfs(tmp_path)
-    spare = (disk.f_bavail - shard_cache.LEFT_FREE * disk.f_blocks) * disk.f_frsize
-    assert cache._limit() == pytest.approx(max(spare, 0), rel=0.05, abs=1 << 26)
+@pytest.mark.parametrize(("free", "held", "limit"), [(500_000, 0, 450_000), (20_000, 80_000, 90_000), (0, 0, 0)])
+def test_without_a_number_a_tenth_of_what_is_free_or_held_is_left(
+    free: int, held: int, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(str(tmp_path / "cache"))
+    if held:
+        cache.base.mkdir()
+        (cache.base / "copy").write_bytes(bytes(held))
+    disk = SimpleNamespace(f_bavail=free // 1000, f_frsize=1000, f_blocks=10**9)  # of a terabyte
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    assert cache._limit() == limit
