@@ -26,6 +26,9 @@ from model.spec import ModalitySpec
 # B batch, N encoder tokens, M decoder tokens, S and T all of a batch that are real, R registers, D width, V vocabulary
 
 _INIT_STD = 0.02
+# What numbers of tokens, and of targets of a modality, are rounded up to multiples of where `_rounds` says so.
+_ROUND, _ROUND_LOGITS = 64, 32
+_IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +173,15 @@ class FourM(nn.Module):
         targets = batch.dec_targets.flatten()[where.slots].split(where.sizes)
         found = dict(zip(where.names, zip(parts, targets, strict=True), strict=True))
         losses: dict[str, Tensor] = {}
+        multiple = _ROUND_LOGITS if self._rounds(hidden) else 1
         for spec in self.specs_out:
             if spec.name in found:
                 part, wanted = found[spec.name]
+                more = -len(part) % multiple
+                part, wanted = _longer(part, more), F.pad(wanted, (0, more), value=_IGNORED)
                 table = tables.get(spec.name)
                 logits = self.logits(part, spec.name) if table is None else F.linear(part, table)
-                losses[spec.name] = F.cross_entropy(logits.float(), wanted)
+                losses[spec.name] = F.cross_entropy(logits.float(), wanted, ignore_index=_IGNORED)
             else:
                 losses[spec.name] = hidden.new_zeros((), dtype=torch.float32)
         counts = {name: len(found[name][1]) if name in found else 0 for name in losses}
@@ -185,10 +191,14 @@ class FourM(nn.Module):
         """Encoder output projected for the decoder; a sample without inputs has its registers, else one zero token."""
         where = layout.inputs(batch, self.config.num_register_tokens)
         content, place = self._embed_inputs(batch, where)
+        more = self._spare(content)
         # Without any bias, zeros stay zeros in every layer and move no weight; but each norm multiplies their gradient
         # by 1000 (its eps is 1e-6), which no float bears over 24 layers.
-        still = None if self._biased or self.config.num_register_tokens else (where.rows == 0)[:, None]
-        return Context(self._encoded(content, place, self._planned(where.groups, content), still), where.lengths)
+        moving = self._biased or self.config.num_register_tokens
+        still = None if moving else _longer((where.rows == 0)[:, None], more)
+        own = self._planned(where.groups, content, Group(more, more))
+        tokens = self._encoded(_longer(content, more), _longer(place, more), own, still)
+        return Context(tokens[: len(content)], where.lengths)
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
         """Hidden states (B, M, D) at the decoder tokens, ready for `logits`; zero at padding."""
@@ -201,9 +211,12 @@ class FourM(nn.Module):
         config = self.config
         where = layout.targets(batch, causal=config.decoder_causal_mask, separate=config.decoder_sep_mask)
         y_TD, tables = self._embed_targets(batch, where)
-        own = self._planned(where.groups, y_TD)
+        more, others = self._spare(y_TD), self._spare(context.tokens)
+        own = self._planned(where.groups, y_TD, Group(more, more))
         cross = [Group(n, m) for n, m in zip(where.lengths, context.lengths, strict=True)]
-        return self._decoded(y_TD, context.tokens, own, self._planned(cross, y_TD)), where, tables
+        seen = self._planned(cross, y_TD, Group(more, others))
+        hidden = self._decoded(_longer(y_TD, more), _longer(context.tokens, others), own, seen)
+        return hidden[: len(y_TD)], where, tables
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the encoder's and the decoder's layers, one graph each; the arguments are those of `torch.compile`.
@@ -235,10 +248,20 @@ class FourM(nn.Module):
             y_TD = block(y_TD, context_SD, own, cross)
         return self.decoder_norm(y_TD)
 
-    def _planned(self, groups: Sequence[Group], like: Tensor) -> Attend:
-        kind = like.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-        return planned(groups, like.device, dtype, self.config.dim, compiled=self._compiled)
+    def _planned(self, groups: Sequence[Group], like: Tensor, spare: Group) -> Attend:
+        groups = [*groups, spare] if spare.queries else groups
+        return planned(groups, like.device, _computed(like), self.config.dim, compiled=self._compiled)
+
+    def _rounds(self, like: Tensor) -> bool:
+        """Whether numbers of tokens are rounded up: in bfloat16 on CPUs, where oneDNN makes a kernel for each number.
+
+        A kernel takes milliseconds and megabytes, and hardly any number comes twice.
+        """
+        return like.device.type == "cpu" and _computed(like) == torch.bfloat16 and not self._compiled
+
+    def _spare(self, rows_SD: Tensor) -> int:
+        """Rows to add to S, which see only one another: none or, so that they see something, at least one."""
+        return _ROUND - len(rows_SD) % _ROUND if self._rounds(rows_SD) else 0
 
     def logits(self, hidden: Tensor, modality: str) -> Tensor:
         """Scores (..., V) over the vocabulary of one output modality."""
@@ -313,6 +336,15 @@ class FourM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")):
                 parameter.normal_(std=_INIT_STD, generator=generator)
+
+
+def _computed(like: Tensor) -> torch.dtype:
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+def _longer(rows_SD: Tensor, more: int) -> Tensor:
+    return F.pad(rows_SD, (0, 0, 0, more)) if more else rows_SD
 
 
 def _rows(parts: list[Tensor], index: Tensor) -> Tensor:
