@@ -1,7 +1,7 @@
 """FourM: a masked encoder-decoder over many modalities (4M-21, Bachmann et al. 2024), the same function as ml-4m's.
 
 Only tokens that masking kept are embedded, in one row for the whole batch: nothing is computed at padding. Logits are
-computed only where there is a target.
+computed only where there is a target. In bfloat16 on CPUs both numbers are rounded up: `FourM._rounds`.
 """
 
 from __future__ import annotations
